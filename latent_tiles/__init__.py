@@ -1,0 +1,55 @@
+"""Upscale and retouch photographs that no model fits, with any diffusers model and a memory between tiles.
+
+Public names are loaded when they are first used, so that `import latent_tiles` is instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latent_tiles.errors import LatentTilesError
+    from latent_tiles.families.registry import supported as supported_families
+    from latent_tiles.geometry import Box, Size, TileGrid, plan_grid
+    from latent_tiles.noise import NoiseField
+    from latent_tiles.pipelines.upscale import LatentTiledUpscalePipeline
+    from latent_tiles.tiling import Tiling
+
+__version__ = version("latent-tiles")
+
+__all__ = [
+    "Box",
+    "LatentTiledUpscalePipeline",
+    "LatentTilesError",
+    "NoiseField",
+    "Size",
+    "TileGrid",
+    "Tiling",
+    "plan_grid",
+    "supported_families",
+]
+
+_HOMES = {
+    "Box": ("geometry", "Box"),
+    "LatentTiledUpscalePipeline": ("pipelines.upscale", "LatentTiledUpscalePipeline"),
+    "LatentTilesError": ("errors", "LatentTilesError"),
+    "NoiseField": ("noise", "NoiseField"),
+    "Size": ("geometry", "Size"),
+    "TileGrid": ("geometry", "TileGrid"),
+    "Tiling": ("tiling", "Tiling"),
+    "plan_grid": ("geometry", "plan_grid"),
+    "supported_families": ("families.registry", "supported"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(f"{__name__}.{module}"), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

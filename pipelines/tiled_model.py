@@ -1,0 +1,37 @@
+"""Tile a host pipeline's denoiser for the length of one call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from latent_tiles.denoiser import Denoiser
+from latent_tiles.families import family_of
+from latent_tiles.pipelines.patches import patched
+
+
+@contextmanager
+def tiled_forward(module: nn.Module, denoiser: Denoiser) -> Iterator[None]:
+    """Within the block, a call of the model over the canvas is answered by a denoiser.
+
+    The forward that the module has at this moment, offload hooks and LoRA scaling included, becomes the call of one
+    tile. It is installed for each call anew, since `maybe_free_model_hooks` at the end of a host's call sets `forward`
+    back and would lose a permanent one.
+
+    Raises:
+        FamilyError: the model's class cannot be tiled.
+    """
+    inner: nn.Module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+    family = family_of(inner)
+    original = module.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return denoiser.predict(family(inner, original, args, kwargs))
+
+    with patched(module, "forward", forward):
+        yield
