@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from latent_tiles.geometry import Box, Size, TileGrid, plan_grid
     from latent_tiles.noise import NoiseField
     from latent_tiles.pipelines.upscale import LatentTiledUpscalePipeline
+    from latent_tiles.reference.folder import reference_model
     from latent_tiles.tiling import Tiling
 
 __version__ = version("latent-tiles")
@@ -28,6 +29,7 @@ __all__ = [
     "TileGrid",
     "Tiling",
     "plan_grid",
+    "reference_model",
     "supported_families",
 ]
 
@@ -40,6 +42,7 @@ _HOMES = {
     "TileGrid": ("geometry", "TileGrid"),
     "Tiling": ("tiling", "Tiling"),
     "plan_grid": ("geometry", "plan_grid"),
+    "reference_model": ("reference.folder", "reference_model"),
     "supported_families": ("families.registry", "supported"),
 }
 

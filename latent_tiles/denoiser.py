@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from latent_tiles.parameterisation import levels
 from latent_tiles.windows import Window, tile_weights
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """Answers one call of the host's model over the whole canvas."""
 
@@ -163,7 +164,7 @@ def _crop(canvas: Tensor, box: Box) -> Tensor:
 
 
 def _batches(grid: TileGrid, tick: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Tiles of one tick in batches of one shape; a frame that is not a whole multiple has shorter tiles at its border."""
+    """Tiles of one tick in batches of one shape; a canvas that is no whole multiple has shorter tiles at its border."""
     ordered = sorted(tick, key=lambda index: grid[index].size, reverse=True)
     for _, group in groupby(ordered, key=lambda index: grid[index].size):
         members = list(group)

@@ -1,7 +1,7 @@
 """Every error of the library.
 
-One base class, so that a caller can catch all of them; each leaf is also the builtin that a caller would expect, so that
-code written against plain Python keeps working. A message says what was wrong, both values, and the fix.
+One base class, so that a caller can catch all of them; each leaf is also the builtin that a caller would expect, so
+that code written against plain Python keeps working. A message says what was wrong, both values, and the fix.
 """
 
 

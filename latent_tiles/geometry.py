@@ -80,8 +80,8 @@ class Box(NamedTuple):
             GeometryError: the origin is not a multiple of `factor`.
         """
         if self.top % factor or self.left % factor:
-            msg = f"origin ({self.top}, {self.left}) is not a multiple of {factor}; plan the grid with multiple_of={factor}"
-            raise GeometryError(msg)
+            msg = f"origin ({self.top}, {self.left}) is not a multiple of {factor}; "
+            raise GeometryError(msg + f"plan the grid with multiple_of={factor}")
         return Box(self.top // factor, self.left // factor, -(-self.height // factor), -(-self.width // factor))
 
     def intersection(self, other: Box) -> Box | None:
@@ -181,7 +181,7 @@ def plan_grid(
     if multiple_of < 1:
         raise GeometryError(f"multiple_of must be at least 1, got {multiple_of}")
     axes = zip(("height", "width"), frame_size, tile_size, overlap_size, strict=True)
-    rows, columns = (_plan_axis(name, *lengths, multiple_of) for name, *lengths in axes)
+    rows, columns = (_plan_axis(*axis, multiple_of) for axis in axes)
     return TileGrid(frame=frame_size, rows=rows, columns=columns)
 
 
@@ -207,8 +207,8 @@ def _plan_axis(name: str, frame: int, tile: int, overlap: int, multiple_of: int)
     stride = (tile - overlap) // multiple_of
     if stride == 0:
         limit = tile - multiple_of
-        msg = f"overlap {overlap} leaves less than {multiple_of} of the tile's {name} {tile} to advance by; use at most {limit}"
-        raise GeometryError(msg)
+        msg = f"overlap {overlap} leaves less than {multiple_of} of the tile's {name} {tile} to advance by; "
+        raise GeometryError(msg + f"use at most {limit}")
     last = -(-(frame - tile) // multiple_of)
     steps = -(-last // stride)
     starts = [index * last // steps * multiple_of for index in range(steps + 1)]

@@ -64,7 +64,7 @@ class Levels:
         return prediction
 
     def noisy(self, clean: Tensor, noise: Tensor) -> Tensor:
-        """a x0 + s n."""
+        """A x0 + s n."""
         return self.signal * clean + self.noise * noise
 
     def rebase(self, prediction: Tensor, seen: Tensor, canvas: Tensor) -> Tensor:
@@ -97,12 +97,13 @@ def levels(scheduler: Any, timestep: Tensor | float) -> Levels:
     """
     value = _scalar(timestep)
     config = scheduler.config
-    if hasattr(scheduler, "precondition_inputs"):
+    if hasattr(scheduler, "precondition_inputs") or "sigma_data" in config:
         msg = f"{type(scheduler).__name__} scales inputs by the data's deviation (EDM); use memory='none' with it"
         raise ParameterisationError(msg)
     if type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas"):
         sigma = float(scheduler.sigmas[_index(scheduler, value)])
-        return Levels(signal=1 - sigma, noise=sigma, prediction="flow")
+        stated = config.get("prediction_type", "flow_prediction")
+        return Levels(signal=1 - sigma, noise=sigma, prediction="flow" if stated == "flow_prediction" else stated)
     prediction = config.get("prediction_type", "epsilon")
     sigma = _sigma(scheduler, value)
     if sigma is not None:
@@ -132,10 +133,12 @@ def _sigma(scheduler: Any, timestep: float) -> float | None:
         return None
     if len(sigmas) < len(scheduler.timesteps):
         return None
-    # Second-order samplers of the KDPM2 kind make their second call at an interpolated sigma.
+    index = _index(scheduler, timestep)
+    # Second-order samplers of the KDPM2 kind make their second call at an interpolated sigma; the ancestral one keeps
+    # it at the place of the first call.
     if getattr(scheduler, "sigmas_interpol", None) is not None and not scheduler.state_in_first_order:
-        sigmas = scheduler.sigmas_interpol
-    return float(sigmas[_index(scheduler, timestep)])
+        return float(scheduler.sigmas_interpol[index - 1 if hasattr(scheduler, "sigmas_down") else index])
+    return float(sigmas[index])
 
 
 def _index(scheduler: Any, timestep: float) -> int:

@@ -113,8 +113,8 @@ class LatentUnits:
                 raise TilingError(msg + f"use at most {tile - self.multiple_px} px")
         return plan_grid(
             canvas,
-            tile=tuple(px // self.pixels_per_latent for px in tile_px),
-            overlap=tuple(self._latents(px) for px in overlap_px),
+            tile=(self._latents(tile_px.height), self._latents(tile_px.width)),
+            overlap=(self._latents(overlap_px.height), self._latents(overlap_px.width)),
             multiple_of=self.multiple_of,
         )
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from latent_tiles.pipelines.defaults import ModelDefaults, for_tile
+
 from latent_tiles.errors import UnsupportedHostError
 from latent_tiles.geometry import Size
-from latent_tiles.pipelines.defaults import ModelDefaults, for_tile
 from latent_tiles.tiling import LatentUnits
 
 Arguments = Mapping[str, Any]
@@ -76,7 +77,7 @@ def _guided(scale: float) -> tuple[float, ...]:
 
 
 def _sdxl_sizes(tile: Size, arguments: Arguments) -> dict[str, Any]:
-    """Each tile is shown to SDXL as a whole picture of the tile's size, as in training; the frame's size it never saw."""
+    """Each tile is shown to SDXL as a whole picture of its size, as in training; a frame's size it never saw."""
     return {name: tuple(tile) for name in ("original_size", "target_size") if arguments.get(name) is None}
 
 
@@ -85,9 +86,7 @@ _HOSTS = (
         name="StableDiffusionImg2ImgPipeline",
         loads=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
         branches=_two_branches,
-        table=ModelDefaults(
-            tile=512, overlap=64, num_inference_steps=30, guidance_scale=7.5, strength=0.35, scale=2.0
-        ),
+        table=ModelDefaults(tile=512, overlap=64, num_inference_steps=30, guidance_scale=7.5, strength=0.35, scale=2.0),
     ),
     Host(
         name="StableDiffusionXLImg2ImgPipeline",

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from latent_tiles.pipelines.patches import patched
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -21,7 +22,6 @@ from latent_tiles.denoiser import Clock
 from latent_tiles.errors import NoiseError
 from latent_tiles.geometry import Box
 from latent_tiles.noise import NoiseField, Purpose
-from latent_tiles.pipelines.patches import patched
 
 _UNKEYED_DRAWS = frozenset({torch.normal, torch.Tensor.normal_, torch.rand, torch.rand_like})
 
@@ -40,7 +40,8 @@ class FieldDraws(TorchFunctionMode):
 
     def __init__(self, field: NoiseField, purpose: Purpose, *, step: int = 0) -> None:
         super().__init__()
-        self._field, self._purpose, self._step = field, purpose, step
+        self._field, self._step = field, step
+        self._purpose: Purpose = purpose
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -53,7 +54,9 @@ class FieldDraws(TorchFunctionMode):
             return self._answer(shape, kwargs.get("device"), kwargs.get("dtype"))
         if func is torch.randn_like:
             like: Tensor = args[0]
-            return self._answer(tuple(like.shape), kwargs.get("device") or like.device, kwargs.get("dtype") or like.dtype)
+            return self._answer(
+                tuple(like.shape), kwargs.get("device") or like.device, kwargs.get("dtype") or like.dtype
+            )
         if func in _UNKEYED_DRAWS:
             name = getattr(func, "__name__", str(func))
             raise NoiseError(f"the noise field cannot answer a draw by {name}; use noise='host'")
@@ -77,13 +80,15 @@ def require_keyed_draws(scheduler: Any) -> None:
     """
     module = sys.modules[type(scheduler).__module__]
     if hasattr(module, "BrownianTreeNoiseSampler"):
-        msg = f"{type(scheduler).__name__} draws its noise from a Brownian tree, past the noise field; use noise='host', "
+        msg = (
+            f"{type(scheduler).__name__} draws its noise from a Brownian tree, past the noise field; use noise='host', "
+        )
         raise NoiseError(msg + "or DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'")
 
 
 @contextmanager
-def field_noise(pipe: Any, field: NoiseField, clock: Clock) -> Iterator[None]:
-    """Within the block, open scopes of a field round a host's preparation, VAE posterior, low-resolution noise and solver steps.
+def field_noise(pipe: Any, field: NoiseField, clock: Clock) -> Generator[None, None, None]:
+    """Within the block, a field answers the draws of a host's preparation, its VAE's posterior and its solver's steps.
 
     Args:
         pipe: a diffusers pipeline with `scheduler` and `prepare_latents`.

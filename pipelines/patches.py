@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ _MISSING = object()
 
 
 @contextmanager
-def patched(target: Any, name: str, value: Any) -> Iterator[None]:
+def patched(target: Any, name: str, value: Any) -> Generator[None, None, None]:
     """Set an instance attribute inside a `with` block.
 
     On leaving, the attribute is what it was; one that the instance did not have itself is deleted. Where somebody else

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+from latent_tiles.pipelines.patches import patched
 from torch import nn
 
 from latent_tiles.denoiser import Denoiser
 from latent_tiles.families import family_of
-from latent_tiles.pipelines.patches import patched
 
 
 @contextmanager
-def tiled_forward(module: nn.Module, denoiser: Denoiser) -> Iterator[None]:
+def tiled_forward(module: nn.Module, denoiser: Denoiser) -> Generator[None, None, None]:
     """Within the block, a call of the model over the canvas is answered by a denoiser.
 
     The forward that the module has at this moment, offload hooks and LoRA scaling included, becomes the call of one

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from latent_tiles.pipelines.patches import patched
+
+from latent_tiles.denoiser import Denoiser
+from latent_tiles.families import ModelCall
 
 
 class Stopwatch:
@@ -54,7 +57,7 @@ class Stopwatch:
         }
 
     @contextmanager
-    def watching(self, target: Any, name: str) -> Iterator[None]:
+    def watching(self, target: Any, name: str) -> Generator[None, None, None]:
         """Within the block, calls of a method are counted in the phase of the same name."""
         original = getattr(target, name)
 
@@ -67,3 +70,16 @@ class Stopwatch:
 
         with patched(target, name, timed):
             yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A denoiser whose first call starts the watch's denoising phase."""
+
+    denoiser: Denoiser
+    watch: Stopwatch
+
+    def predict(self, call: ModelCall) -> Any:
+        """The denoiser's own answer."""
+        self.watch.denoising()
+        return self.denoiser.predict(call)

@@ -8,22 +8,22 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
-from diffusers.utils import BaseOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils.outputs import BaseOutput
+from latent_tiles.pipelines.defaults import FILE_NAME, ModelDefaults, parse_defaults
+from latent_tiles.pipelines.envelope import upscale
+from latent_tiles.pipelines.hosts import Host, host_of
+from latent_tiles.pipelines.job import Request
+from latent_tiles.pipelines.report import Progress, UpscaleReport
+from PIL import Image
 from torch import Tensor
 
 from latent_tiles.errors import ModelFolderError, UnsupportedHostError
-from latent_tiles.pipelines.defaults import FILE_NAME, ModelDefaults, parse_defaults
-from latent_tiles.pipelines.envelope import Request, upscale
-from latent_tiles.pipelines.hosts import Host, host_of
-from latent_tiles.pipelines.report import Progress, UpscaleReport
 from latent_tiles.tiling import Tiling
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
 
@@ -38,7 +38,7 @@ class UpscaleOutput(BaseOutput):
         report: what the call did.
     """
 
-    images: list[Image] | np.ndarray | Tensor
+    images: list[Image.Image] | np.ndarray | Tensor
     report: UpscaleReport
 
     @property
@@ -63,7 +63,7 @@ class LatentTiledUpscalePipeline:
     _host: ClassVar[Host]
     _model_defaults: ModelDefaults | None = None
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Refuse the bare class, which has no model.
 
         Raises:
@@ -71,7 +71,9 @@ class LatentTiledUpscalePipeline:
         """
         del args, kwargs
         if cls is LatentTiledUpscalePipeline:
-            msg = "LatentTiledUpscalePipeline has no model of its own; use .from_pretrained(...) or .from_pipe(pipeline)"
+            msg = (
+                "LatentTiledUpscalePipeline has no model of its own; use .from_pretrained(...) or .from_pipe(pipeline)"
+            )
             raise UnsupportedHostError(msg)
         return super().__new__(cls)
 
@@ -100,7 +102,7 @@ class LatentTiledUpscalePipeline:
         if not _is_hub_id(name) and not (Path(name) / "model_index.json").is_file():
             problem = "has no model_index.json" if Path(name).is_dir() else "does not exist"
             raise ModelFolderError(f"{name} {problem}; give the folder of a diffusers pipeline or an id on the hub")
-        config: Any = diffusers.DiffusionPipeline.load_config(name, **hub)
+        config: Any = DiffusionPipeline.load_config(name, **hub)
         return pipeline_class(str(config.get("_class_name"))).from_pretrained(name, **kwargs)
 
     @classmethod
@@ -174,6 +176,7 @@ def _tiled_call(base: Any) -> Callable[..., Any]:
         """Upscale an image.
 
         Args:
+            self: the pipeline.
             image: PIL image, numpy array, tensor, path, or a list of these of one size. Grey and alpha come back as
                 they went in.
             prompt: what to ask of the model; empty by default.

@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 HOSTS = (
@@ -23,7 +23,12 @@ WIDTH = 32
 
 
 def tokenizer() -> CLIPTokenizer:
-    tokens = ["<|startoftext|>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz")]
+    tokens = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *"abcdefghijklmnopqrstuvwxyz",
+        *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         vocabulary, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
@@ -48,6 +53,18 @@ def vae(levels: int = 4, seed: int = 0) -> AutoencoderKL:
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=4,
         sample_size=64,
+    ).eval()
+
+
+def convolutional_vae() -> AutoencoderTiny:
+    """An autoencoder without normalisation or attention: what a latent depends on has a known reach."""
+    torch.manual_seed(0)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+        latent_channels=LATENT_CHANNELS,
     ).eval()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from latent_tiles.geometry import Box, Size
 
 
+@runtime_checkable
 class ModelCall(Protocol):
     """One call of a denoiser over the whole canvas, as the host pipeline made it."""
 

@@ -156,7 +156,7 @@ class UNetCall:
         return cut
 
     def _crop_mask(
-        self, mask: Float[Tensor, "1 images height width"], boxes: Sequence[Box]
+        self, mask: Float[Tensor, "1 images mask_height mask_width"], boxes: Sequence[Box]
     ) -> Float[Tensor, "rows images height width"]:
         """Crop an IP-Adapter mask, given in pixels, to tiles; one row for each row of the batch."""
         factor, rest = divmod(mask.shape[-2], self.canvas.height)

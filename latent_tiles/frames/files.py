@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from latent_tiles.errors import FrameFileError
 from latent_tiles.frames.picture import Picture, as_picture
@@ -51,8 +53,6 @@ def read_frame(path: str | PathLike[str]) -> Frame:
     Raises:
         FrameFileError: no such file, not a picture, damaged, or more than 8 bits a channel.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     if not Path(path).is_file():
         raise FrameFileError(f"{path}: no such file")
     try:
@@ -90,12 +90,16 @@ def check_writable(path: str | PathLike[str], *, size: Size, alpha: bool, overwr
     """
     target = Path(path)
     if target.suffix.lower() not in WRITABLE:
-        raise FrameFileError(f"{target}: cannot write {target.suffix or 'a file without ending'}; use {', '.join(WRITABLE)}")
+        raise FrameFileError(
+            f"{target}: cannot write {target.suffix or 'a file without ending'}; use {', '.join(WRITABLE)}"
+        )
     if WRITABLE[target.suffix.lower()] == "JPEG":
         if alpha:
             raise FrameFileError(f"{target}: JPEG has no alpha channel; write PNG or TIFF")
         if max(size) > _JPEG_LIMIT:
-            raise FrameFileError(f"{target}: JPEG ends at {_JPEG_LIMIT} px a side, the picture has {max(size)}; write TIFF")
+            raise FrameFileError(
+                f"{target}: JPEG ends at {_JPEG_LIMIT} px a side, the picture has {max(size)}; write TIFF"
+            )
     if not target.parent.is_dir():
         raise FrameFileError(f"{target}: the folder {target.parent} does not exist")
     if not os.access(target.parent, os.W_OK):
@@ -127,7 +131,7 @@ def write_frame(path: str | PathLike[str], frame: Frame, *, overwrite: bool = Fa
     write_atomically(target, lambda part: image.save(part, format=form, **options))
 
 
-def write_atomically(target: Path, write: Any) -> None:
+def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `target`, then rename it.
 
     Raises:
@@ -163,4 +167,6 @@ def _refuse_deep(path: str | PathLike[str], image: Any) -> None:
     if max(bits) > 8 or image.mode.startswith(("I", "F")):
         raise FrameFileError(f"{path}: {max(bits)} bits a channel; files of up to 8 bits can be read, convert it first")
     if image.mode not in _READABLE_MODES:
-        raise FrameFileError(f"{path}: colour mode {image.mode} is not supported; convert it to RGB with its profile first")
+        raise FrameFileError(
+            f"{path}: colour mode {image.mode} is not supported; convert it to RGB with its profile first"
+        )

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from latent_tiles.errors import ImageError, SettingError
 from latent_tiles.geometry import Size
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+_PLAIN = (np.dtype(np.uint8), np.dtype(np.float32))
+_OTHER_FLOATS = (np.dtype(np.float16), np.dtype(np.float64))
 
-ImageInput = "Image | np.ndarray | Tensor | str | PathLike[str] | Sequence[Any]"
 OutputType = Literal["pil", "np", "pt"]
 
 _LUMA = (0.299, 0.587, 0.114)
@@ -68,7 +68,7 @@ class Picture:
             colour = (colour * luma).sum(dim=1, keepdim=True)
         return colour if self.alpha is None else torch.cat([colour, self.alpha], dim=1)
 
-    def export(self, output_type: OutputType) -> list[Image] | np.ndarray | Tensor:
+    def export(self, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:
         """PIL images (8 bit), a numpy array (items, height, width, channels) or a tensor (items, channels, ...).
 
         Arrays and tensors are float32 in [0, 1].
@@ -79,8 +79,6 @@ class Picture:
         array = channels.cpu().permute(0, 2, 3, 1).numpy()
         if output_type == "np":
             return array
-        from PIL import Image
-
         levels = (array * 255).round().astype(np.uint8)
         return [Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item) for item in levels]
 
@@ -122,12 +120,12 @@ def as_picture(image: Any) -> Picture:
         from latent_tiles.frames.files import read_frame
 
         return read_frame(image).picture
-    if hasattr(image, "mode") and hasattr(image, "convert"):
+    if isinstance(image, Image.Image):
         return _from_pil(image)
     raise ImageError(f"expected a PIL image, numpy array, tensor, path or list of these, got {type(image).__name__}")
 
 
-def _from_pil(image: Image) -> Picture:
+def _from_pil(image: Image.Image) -> Picture:
     if 0 in image.size:
         raise ImageError(f"image of {image.size[1]} x {image.size[0]} px is empty")
     if image.mode.startswith(("I", "F")):
@@ -136,7 +134,8 @@ def _from_pil(image: Image) -> Picture:
     has_alpha = "A" in image.getbands() or "transparency" in image.info
     grey = image.mode in {"1", "L", "LA"}
     mode = ("LA" if has_alpha else "L") if grey else ("RGBA" if has_alpha else "RGB")
-    array = np.asarray(image if image.mode == mode else image.convert(mode))
+    # A copy: what PIL lends is read-only, and torch has no such tensors.
+    array = np.array(image if image.mode == mode else image.convert(mode))
     return _split(_from_numpy(array))
 
 
@@ -150,9 +149,9 @@ def _from_numpy(array: np.ndarray) -> Float[Tensor, "items channels height width
     if array.dtype == np.uint16:
         # torch has no arithmetic on uint16; every level is exact in float32.
         array = array.astype(np.float32) / 65535
-    elif array.dtype == np.float64 or array.dtype == np.float16:
+    elif array.dtype in _OTHER_FLOATS:
         array = array.astype(np.float32)
-    elif array.dtype not in (np.uint8, np.float32):
+    elif array.dtype not in _PLAIN:
         raise ImageError(f"array of dtype {array.dtype} is not supported; use uint8, uint16 or float in [0, 1]")
     return _unit_range(torch.from_numpy(np.ascontiguousarray(array)).permute(0, 3, 1, 2), "array")
 

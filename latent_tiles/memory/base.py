@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -55,6 +55,7 @@ class ModelStep:
     device: torch.device
 
 
+@runtime_checkable
 class TileMemory(Protocol):
     """A memory strategy; see the module's text for the order of calls."""
 

@@ -77,9 +77,7 @@ class Pin:
         self._levels: Levels = step.levels()
         self._items = step.rows // len(step.branches)
         self._branches = torch.tensor(step.branches, device=step.device).view(-1, 1, 1, 1, 1)
-        self._clean = TileCanvas(
-            rows=self._items, channels=step.channels, size=step.grid.frame, device=step.device
-        )
+        self._clean = TileCanvas(rows=self._items, channels=step.channels, size=step.grid.frame, device=step.device)
         self._pending: list[tuple[Box, Tensor, Tensor]] = []
         self._anything_decided = False
 
@@ -87,7 +85,7 @@ class Pin:
         """The tile's input, drawn towards the processed neighbours in the overlap."""
         if not self._anything_decided:
             return noisy
-        assert self._noise is not None  # noqa: S101 - set by `begin`
+        assert self._noise is not None
         box = self._step.grid[index]
         rows, columns = box.to_slices()
         clean, decided = self._clean.read(box)

@@ -1,0 +1,35 @@
+"""Settings that hold for every test."""
+
+import os
+
+# Before any library that reads them: tests never reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from jaxtyping import install_import_hook
+
+# Types and tensor shapes in signatures are checked at run time; see runtime_types.py.
+install_import_hook("latent_tiles", "runtime_types.check")
+
+import diffusers
+import pytest
+import torch
+import transformers
+from hypothesis import settings
+
+# Tiny models gain nothing from threads, and on a busy machine lose much.
+torch.set_num_threads(1)
+
+diffusers.utils.logging.set_verbosity_error()
+transformers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seed_global_generator() -> None:
+    """Stock hosts draw from torch's global generator where they are given none."""
+    torch.manual_seed(0)
