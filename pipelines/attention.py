@@ -21,8 +21,8 @@ _CANNOT_RUN = (ImportError, OSError, AttributeError, NotImplementedError, ValueE
 def select_attention(pipe: Any, choice: AttentionChoice = "auto") -> str:
     """Choose the attention kernel of a pipeline's models.
 
-    That xformers is installed does not say that it runs: it may lack a kernel for this GPU, this dtype or this torch. So
-    it computes one tiny attention where the pipeline's models will run, and is taken only if that works.
+    That xformers is installed does not say that it runs: it may lack a kernel for this GPU, dtype or torch. So it
+    computes one tiny attention where the pipeline's models will run, and is taken only if that works.
 
     Args:
         pipe: a diffusers pipeline; models are already where they will run.

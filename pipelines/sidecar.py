@@ -139,6 +139,15 @@ def check_sidecar(result: str | PathLike[str], *, overwrite: bool) -> Path:
     return path
 
 
+def read_sidecar(result: str | PathLike[str]) -> dict[str, Any] | None:
+    """The sidecar of a result; None where there is none, or what lies there is not one of ours."""
+    try:
+        content: Any = json.loads(sidecar_path(result).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("schema") == SCHEMA else None
+
+
 def write_sidecar(result: str | PathLike[str], content: Mapping[str, Any]) -> Path:
     """Write the sidecar of a result; it appears under its name only when complete.
 
@@ -157,8 +166,8 @@ def write_with_sidecar(
     """Write a result and its sidecar so that no picture stands under its name incomplete or without its sidecar.
 
     The picture is written under a hidden name and hashed, then the sidecar with that hash appears, and last the picture
-    under its own name. Killed in between, a sidecar is left whose hash fits no picture, which anyone can tell; the other
-    order would leave a picture of which nobody knows how it was made.
+    under its own name. Killed in between, a sidecar is left whose hash fits no picture, which anyone can tell; the
+    other order would leave a picture of which nobody knows how it was made.
 
     Args:
         target: file of the result.

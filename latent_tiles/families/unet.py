@@ -35,7 +35,6 @@ _BATCHED = frozenset(
         "encoder_hidden_states",
         "class_labels",
         "timestep_cond",
-        "attention_mask",
         "encoder_attention_mask",
         "added_cond_kwargs",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from latent_tiles.errors import FrameFileError
-from latent_tiles.frames.picture import Picture, as_picture
+from latent_tiles.frames.picture import PIL_MODES, Picture, as_picture
 from latent_tiles.geometry import Size
 
 WRITABLE: dict[str, str] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
@@ -26,10 +27,23 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "TIFF": {"compression": "tiff_deflate"},
 }
-_JPEG_LIMIT = 65535
-_READABLE_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa"})
+_JPEG_LIMIT = 65500
+"""Longest side that libjpeg writes."""
+
+_READABLE_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
+"""Formats of which it is known when they hold more than 8 bits; PIL opens others, such as PPM, as 8-bit in silence."""
+
 _BITS_PER_SAMPLE = 258
 _ORIENTATION = 274
+_ABOUT_THE_PICTURE = frozenset(
+    {
+        ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model,
+        ExifTags.Base.XResolution, ExifTags.Base.YResolution, ExifTags.Base.ResolutionUnit,
+        ExifTags.Base.Software, ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.Copyright,
+        ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo,
+    }
+)  # fmt: skip
+"""What is kept of a TIFF's own tags; the others say where in that file its strips lie."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +73,14 @@ def read_frame(path: str | PathLike[str]) -> Frame:
         with warnings.catch_warnings():
             # Frames above PIL's warning limit are what this library is for; its hard limit still holds.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            # From a stream: of a path PIL maps uncompressed TIFFs into memory, and then turns them wrongly.
+            with Path(path).open("rb") as file, Image.open(file, formats=_READABLE_FORMATS) as image:
                 _refuse_deep(path, image)
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                exif = upright.getexif()
-                exif.pop(_ORIENTATION, None)
+                exif = _exif(image)
                 return Frame(
-                    picture=as_picture(upright),
+                    picture=as_picture(ImageOps.exif_transpose(image)),
                     icc_profile=image.info.get("icc_profile"),
-                    exif=exif.tobytes() if len(exif) else None,
+                    exif=exif,
                 )
     except UnidentifiedImageError:
         raise FrameFileError(f"{path}: not a picture in a known format") from None
@@ -76,8 +88,8 @@ def read_frame(path: str | PathLike[str]) -> Frame:
         raise FrameFileError(f"{path}: {error}") from error
     except FrameFileError:
         raise
-    except (OSError, SyntaxError, ValueError) as error:
-        # PIL reports damage in any of the three, by format.
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
+        # PIL reports damage, in pixels or tags, in any of these.
         raise FrameFileError(f"{path}: damaged or unreadable ({error})") from error
 
 
@@ -112,7 +124,8 @@ def check_writable(path: str | PathLike[str], *, size: Size, alpha: bool, overwr
 def write_frame(path: str | PathLike[str], frame: Frame, *, overwrite: bool = False) -> None:
     """Write one picture, 8 bits a channel; it appears under its name only when complete.
 
-    JPEG is written at quality 95 without chroma subsampling, TIFF with lossless deflate.
+    JPEG is written at quality 95 without chroma subsampling, TIFF with lossless deflate, or uncompressed where it
+    carries EXIF, which PIL cannot put into a compressed TIFF.
 
     Raises:
         FrameFileError: see `check_writable`; or the format cannot hold the picture, or writing failed.
@@ -128,6 +141,7 @@ def write_frame(path: str | PathLike[str], frame: Frame, *, overwrite: bool = Fa
         options["icc_profile"] = frame.icc_profile
     if frame.exif is not None:
         options["exif"] = frame.exif
+        options.pop("compression", None)
     write_atomically(target, lambda part: image.save(part, format=form, **options))
 
 
@@ -150,10 +164,21 @@ def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
         part.chmod(0o666 & ~umask)
         write(part)
         part.replace(target)
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:
+        # PIL reports what a format cannot hold, such as EXIF above 64 KiB in JPEG, in any of the three.
         raise FrameFileError(f"{target}: writing failed ({error})") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _exif(image: Any) -> bytes | None:
+    """EXIF bytes without orientation; read before the pixels, after which PIL has closed a TIFF's file."""
+    exif = Image.Exif()  # a copy: the image's own still has to say how it is turned
+    exif.load(image.getexif().tobytes())
+    for tag in list(exif):
+        if tag == _ORIENTATION or (image.format == "TIFF" and tag not in _ABOUT_THE_PICTURE):
+            del exif[tag]
+    return exif.tobytes() if len(exif) else None
 
 
 def _refuse_deep(path: str | PathLike[str], image: Any) -> None:
@@ -166,7 +191,7 @@ def _refuse_deep(path: str | PathLike[str], image: Any) -> None:
         bits = tuple(np.atleast_1d(image.tag_v2.get(_BITS_PER_SAMPLE, (1,))).tolist())
     if max(bits) > 8 or image.mode.startswith(("I", "F")):
         raise FrameFileError(f"{path}: {max(bits)} bits a channel; files of up to 8 bits can be read, convert it first")
-    if image.mode not in _READABLE_MODES:
+    if image.mode not in PIL_MODES:
         raise FrameFileError(
             f"{path}: colour mode {image.mode} is not supported; convert it to RGB with its profile first"
         )

@@ -22,6 +22,12 @@ _OTHER_FLOATS = (np.dtype(np.float16), np.dtype(np.float64))
 
 OutputType = Literal["pil", "np", "pt"]
 
+PIL_MODES: dict[str, str] = {
+    "1": "L", "L": "L", "LA": "LA", "La": "LA", "P": "RGB", "PA": "RGBA",
+    "RGB": "RGB", "RGBX": "RGB", "RGBA": "RGBA", "RGBa": "RGBA",
+}  # fmt: skip
+"""PIL modes that are taken, and the mode of straight 8-bit channels that each becomes."""
+
 _LUMA = (0.299, 0.587, 0.114)
 """Rec. 601, what PIL uses for mode L."""
 
@@ -92,7 +98,9 @@ def resize(
     return F.interpolate(values, size=tuple(size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def pad_to(values: Float[Tensor, "*batch height width"], size: Size) -> Float[Tensor, "*batch height2 width2"]:
+def pad_to(
+    values: Float[Tensor, "items channels height width"], size: Size
+) -> Float[Tensor, "items channels height2 width2"]:
     """Repeat the last row and column until `size` is reached."""
     bottom, right = size.height - values.shape[-2], size.width - values.shape[-1]
     return F.pad(values, (0, right, 0, bottom), mode="replicate") if bottom or right else values
@@ -131,12 +139,12 @@ def _from_pil(image: Image.Image) -> Picture:
     if image.mode.startswith(("I", "F")):
         msg = f"PIL image of mode {image.mode}: PIL cannot say its range; pass a uint16 or float array instead"
         raise ImageError(msg)
-    has_alpha = "A" in image.getbands() or "transparency" in image.info
-    grey = image.mode in {"1", "L", "LA"}
-    mode = ("LA" if has_alpha else "L") if grey else ("RGBA" if has_alpha else "RGB")
-    # A copy: what PIL lends is read-only, and torch has no such tensors.
-    array = np.array(image if image.mode == mode else image.convert(mode))
-    return _split(_from_numpy(array))
+    if image.mode not in PIL_MODES:
+        raise ImageError(f"PIL image of mode {image.mode} is not supported; convert it to RGB first")
+    mode = PIL_MODES[image.mode]
+    if "transparency" in image.info and not mode.endswith("A"):
+        mode += "A"
+    return _split(_from_numpy(np.asarray(image if image.mode == mode else image.convert(mode))))
 
 
 def _from_numpy(array: np.ndarray) -> Float[Tensor, "items channels height width"]:
@@ -153,7 +161,9 @@ def _from_numpy(array: np.ndarray) -> Float[Tensor, "items channels height width
         array = array.astype(np.float32)
     elif array.dtype not in _PLAIN:
         raise ImageError(f"array of dtype {array.dtype} is not supported; use uint8, uint16 or float in [0, 1]")
-    return _unit_range(torch.from_numpy(np.ascontiguousarray(array)).permute(0, 3, 1, 2), "array")
+    # Copied where it is read-only, as what `np.asarray` makes of a PIL image is: torch has no such tensors.
+    array = np.require(array, requirements=["C", "W"])
+    return _unit_range(torch.from_numpy(array).permute(0, 3, 1, 2), "array")
 
 
 def _unit_range(values: Tensor, what: str) -> Float[Tensor, "items channels height width"]:

@@ -45,7 +45,7 @@ class ModelStep:
     """
 
     grid: TileGrid
-    weights: Sequence[Float[Tensor, "height width"]]
+    weights: Sequence[Float[Tensor, "_ _"]]
     levels: Callable[[], Levels]
     noise: Callable[[], Tensor] | None
     branches: tuple[float, ...]

@@ -343,32 +343,36 @@ def test_progress_tells_steps_and_tiles(pipe: Any) -> None:
     assert [entry.tiles for entry in seen] == sorted(entry.tiles for entry in seen)
 
 
-def test_cpu_offload_hooks_keep_tiling_on_the_second_call() -> None:
-    """The same hooks that `enable_model_cpu_offload` installs, which itself wants an accelerator."""
-    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-
-    pipe, image, plain = tiled(SD), source_for(SD), tiled(SD)
-    expected = run(plain, image).images
-    onloaded: list[str] = []
-
-    class Onload(ModelHook):
-        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            onloaded.append("unet")
-            return args, kwargs
-
-    def free() -> None:
-        remove_hook_from_module(pipe.unet, recurse=True)
-        add_hook_to_module(pipe.unet, Onload())
-
-    add_hook_to_module(pipe.unet, Onload())
-    pipe.maybe_free_model_hooks = free
+def test_model_cpu_offload_keeps_tiling_on_the_second_call(pipe: Any) -> None:
+    """Real offload hooks, between the CPU and itself; at the end of a call they set every `forward` back."""
+    image = source_for(pipe._host.name)
+    expected = run(pipe, image)
+    pipe.enable_model_cpu_offload(device="cpu")
+    onloaded: list[int] = []
+    pre_forward = type(pipe._all_hooks[0].hook).pre_forward
     for _ in range(2):
+        hook = pipe.unet._hf_hook
+        hook.pre_forward = lambda module, *args, hook=hook, **kwargs: (
+            onloaded.append(1) or pre_forward(hook, module, *args, **kwargs)
+        )
         onloaded.clear()
         out = run(pipe, image)
-        assert torch.equal(out.images, expected)
-        assert len(onloaded) == out.report.tiles_run
+        assert torch.equal(out.images, expected.images)
+        assert out.report.tiles_run == expected.report.tiles_run == len(onloaded)
     # What is installed now is accelerate's, not ours.
-    assert vars(pipe.unet)["forward"].__module__ != "latent_tiles.pipelines.tiled_model"
+    assert "tiled_model" not in vars(pipe.unet)["forward"].__module__
+
+
+def test_layerwise_casting_and_compiled_models() -> None:
+    plain, cast, compiled = tiled(SD), tiled(SD), tiled(SD)
+    image = source_for(SD)
+    expected = run(plain, image).images
+    cast.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert float((run(cast, image).images - expected).abs().max()) < 0.05
+    compiled.unet = torch.compile(compiled.unet, backend="eager")
+    forward = vars(compiled.unet)["forward"]
+    assert torch.equal(run(compiled, image).images, expected)
+    assert vars(compiled.unet)["forward"] is forward
 
 
 @pytest.mark.gpu
