@@ -111,15 +111,20 @@ class TiledDenoiser:
         noisy, memory = call.noisy, self.memory
         memory.begin(self._step(call, plan))
         canvas = TileCanvas(rows=noisy.shape[0], channels=noisy.shape[1], size=call.canvas, device=noisy.device)
+        # Sums of floats depend on their order: tiles are added in the grid's, whatever the order they ran in.
+        waiting: dict[int, Tensor] = {}
+        upcoming = 0
         for tick in memory.ticks(plan.grid):
             for batch in _batches(plan.grid, tick, self.tile_batch):
                 boxes = [plan.grid[index] for index in batch]
                 own = [_crop(noisy, box) for box in boxes]
                 seen = [memory.see(index, tile) for index, tile in zip(batch, own, strict=True)]
                 predictions = call.run_tiles(boxes, seen)
-                for index, box, tile, view, prediction in zip(batch, boxes, own, seen, predictions, strict=True):
-                    decided = memory.decide(index, noisy=tile, seen=view, prediction=prediction)
-                    canvas.add(box, decided, plan.weights[index])
+                for index, tile, view, prediction in zip(batch, own, seen, predictions, strict=True):
+                    waiting[index] = memory.decide(index, noisy=tile, seen=view, prediction=prediction)
+                while upcoming in waiting:
+                    canvas.add(plan.grid[upcoming], waiting.pop(upcoming), plan.weights[upcoming])
+                    upcoming += 1
                 self._count(len(batch))
             memory.end_tick()
         return canvas.finish()

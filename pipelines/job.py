@@ -16,7 +16,8 @@ from latent_tiles.pipelines.report import Progress
 from torch import Tensor
 
 from latent_tiles.errors import ImageError, SettingError
-from latent_tiles.frames.picture import Picture, as_picture, pad_to, resize, scaled_size
+from latent_tiles.frames.inputs import as_picture
+from latent_tiles.frames.picture import Picture, pad_to, resize, scaled_size
 from latent_tiles.geometry import Size, TileGrid
 from latent_tiles.memory import build_memory
 from latent_tiles.noise import NoiseField

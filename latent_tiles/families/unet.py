@@ -126,10 +126,12 @@ class UNetCall:
         if rest or tensor.shape[-1] * factor != self.canvas.width:
             msg = f"{name} of {tuple(tensor.shape[-2:])} is not a whole fraction of the canvas {tuple(self.canvas)}"
             raise FamilyError(msg)
+        if tensor.shape[0] not in (1, self._sample.shape[0]):
+            raise FamilyError(f"{name} has {tensor.shape[0]} rows, the sample {self._sample.shape[0]}")
         crops: list[Tensor] = []
         for box in boxes:
             rows, columns = box.shrunk(factor).to_slices()
-            crops.append(tensor[..., rows, columns])
+            crops.append(tensor[..., rows, columns].expand(self._sample.shape[0], -1, -1, -1))
         return torch.cat(crops)
 
     def _repeat(self, name: str, tensor: Tensor, count: int) -> Tensor:

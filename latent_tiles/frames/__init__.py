@@ -1,7 +1,8 @@
 """Pictures and picture files."""
 
 from latent_tiles.frames.files import Frame, check_writable, read_frame, write_atomically, write_frame
-from latent_tiles.frames.picture import Picture, as_picture, pad_to, resize, scaled_size
+from latent_tiles.frames.inputs import as_picture
+from latent_tiles.frames.picture import Picture, pad_to, resize, scaled_size
 
 __all__ = [
     "Frame",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import tempfile
@@ -16,8 +17,11 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from latent_tiles.errors import FrameFileError
-from latent_tiles.frames.picture import PIL_MODES, Picture, as_picture
+from latent_tiles.frames.convert import PIL_MODES, from_pil
+from latent_tiles.frames.picture import Picture
 from latent_tiles.geometry import Size
+
+_LOG = logging.getLogger(__name__)
 
 WRITABLE: dict[str, str] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
 """File name endings that can be written, and PIL's name of the format."""
@@ -68,7 +72,7 @@ def read_frame(path: str | PathLike[str]) -> Frame:
         FrameFileError: no such file, not a picture, damaged, or more than 8 bits a channel.
     """
     if not Path(path).is_file():
-        raise FrameFileError(f"{path}: no such file")
+        raise FrameFileError(f"{path}: {'is a folder' if Path(path).is_dir() else 'no such file'}")
     try:
         with warnings.catch_warnings():
             # Frames above PIL's warning limit are what this library is for; its hard limit still holds.
@@ -76,9 +80,12 @@ def read_frame(path: str | PathLike[str]) -> Frame:
             # From a stream: of a path PIL maps uncompressed TIFFs into memory, and then turns them wrongly.
             with Path(path).open("rb") as file, Image.open(file, formats=_READABLE_FORMATS) as image:
                 _refuse_deep(path, image)
+                pages = getattr(image, "n_frames", 1)
+                if pages > 1:
+                    _LOG.warning("%s holds %d pictures; the first is taken", path, pages)
                 exif = _exif(image)
                 return Frame(
-                    picture=as_picture(ImageOps.exif_transpose(image)),
+                    picture=from_pil(ImageOps.exif_transpose(image)),
                     icc_profile=image.info.get("icc_profile"),
                     exif=exif,
                 )

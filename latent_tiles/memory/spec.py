@@ -44,6 +44,8 @@ def build_memory(spec: str) -> TileMemory:
         key, separator, value = item.partition("=")
         if not separator:
             raise MemoryStrategyError(f"{name}: expected key=value, got {item!r}")
+        if key.strip() in settings:
+            raise MemoryStrategyError(f"{name}: {key.strip()} is given twice")
         settings[key.strip()] = value.strip()
     return _STRATEGIES[name](settings)
 

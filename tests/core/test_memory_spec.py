@@ -60,6 +60,7 @@ def test_every_tile_has_its_tick_once(spec: str) -> None:
         ("none:lambda=1", "none: unknown setting 'lambda'; it takes no settings"),
         ("pin:lambda=much", "pin: lambda must be a number, got 'much'"),
         ("pin:lambda=", "pin: lambda must be a number, got ''"),
+        ("pin:lambda=1,lambda=1", "pin: lambda is given twice"),
         ("pin:lambda=1.01", "pin: lambda must be between 0 and 1, got 1.01"),
         ("pin:lambda=-0.1", "pin: lambda must be between 0 and 1, got -0.1"),
         ("pin:lambda=nan", "pin: lambda must be between 0 and 1, got nan"),

@@ -247,6 +247,13 @@ def test_features_that_are_no_whole_fraction_are_refused(plain: UNet2DConditionM
         recorded(plain, randn(ROWS, 4, *CANVAS), mid_block_additional_residual=randn(ROWS, 16, *shape))
 
 
+def test_controlnet_residuals_of_another_number_of_rows_are_refused(plain: UNet2DConditionModel) -> None:
+    height, width = CANVAS
+    residual = randn(ROWS + 1, 16, height // 2, width // 2)
+    with pytest.raises(FamilyError, match=f"mid_block_additional_residual has {ROWS + 1} rows, the sample {ROWS}"):
+        recorded(plain, randn(ROWS, 4, *CANVAS), mid_block_additional_residual=residual)
+
+
 def test_tiles_between_features_are_refused(plain: UNet2DConditionModel) -> None:
     with pytest.raises(GeometryError, match="plan the grid with multiple_of=2"):
         recorded(

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 
 from latent_tiles.errors import FrameFileError
 from latent_tiles.frames.files import Frame, check_writable, read_frame, write_atomically, write_frame
-from latent_tiles.frames.picture import as_picture
+from latent_tiles.frames.inputs import as_picture
 from latent_tiles.geometry import Size
 
 LOSSLESS = (".png", ".tif", ".tiff")
@@ -178,8 +178,16 @@ def test_orientation_alone_leaves_no_exif(tmp_path: Path) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FrameFileError, match=r"none\.png: no such file"):
         read_frame(tmp_path / "none.png")
-    with pytest.raises(FrameFileError, match="no such file"):
+    with pytest.raises(FrameFileError, match="is a folder"):
         read_frame(str(tmp_path))
+
+
+def test_of_several_pages_the_first_is_taken_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pages = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    frame = read_frame(tmp_path / "pages.tif")
+    assert frame.picture.rgb[0, :, 0, 0].tolist() == [1, 0, 0]
+    assert "holds 2 pictures; the first is taken" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"This is no picture.\n", bytes(1000)], ids=["empty", "text", "zeros"])

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from latent_tiles.errors import FrameFileError, ImageError, SettingError
-from latent_tiles.frames.picture import Picture, as_picture, pad_to, resize, scaled_size
+from latent_tiles.frames.inputs import as_picture
+from latent_tiles.frames.picture import Picture, pad_to, resize, scaled_size
 from latent_tiles.geometry import Size
 
 HEIGHT, WIDTH = 16, 17
@@ -328,3 +329,8 @@ def test_sizes_are_rounded_to_whole_pixels(scale: float, expected: Size) -> None
 def test_scales_below_one_are_refused(scale: float) -> None:
     with pytest.raises(SettingError, match="scale must be a finite number of at least 1, got"):
         scaled_size(Size(33, 47), scale)
+
+
+def test_padding_to_a_smaller_size_is_refused() -> None:
+    with pytest.raises(ImageError, match=r"cannot pad \(4, 4\) to the smaller \(3, 6\)"):
+        pad_to(torch.zeros(1, 1, 4, 4), Size(3, 6))
