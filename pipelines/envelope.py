@@ -86,7 +86,7 @@ def upscale(
         host=host.name,
         source_size=job.source.size,
         output_size=job.target,
-        grid=GridReport.of(job.grid, job.units.pixels_per_latent),
+        grid=GridReport.of(job.grid, pixels_per_latent=job.units.pixels_per_latent, content=job.working),
         seeds=seeds,
         settings=effective_settings(job),
         model_calls=clock.model_calls,

@@ -26,6 +26,8 @@ from latent_tiles.tiling import LatentUnits, Tiling
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _OWNED = frozenset({"self", "image", "return_dict", "output_type", "args", "kwargs"})
 """Arguments of a host's call that are ours to set."""
+_PLUMBING = frozenset({"callback_on_step_end_tensor_inputs", "callback_steps"})
+"""Arguments that nobody sets to repeat a result."""
 _MASKS = "ip_adapter_masks"
 
 
@@ -236,8 +238,8 @@ def noise_of(job: Job, request: Request) -> tuple[NoiseField | None, tuple[int, 
 def _draw_seed(generator: torch.Generator | None) -> int:
     """A seed from a generator, so that a second call with it differs from the first, as callers of diffusers expect.
 
-    Without one, from torch's global generator: `torch.manual_seed` then fixes the result here too, and the report tells
-    the seed.
+    Without one, from torch's global generator, as in diffusers: `torch.manual_seed` fixes the result, and without that
+    every fresh process draws the same. The report tells the seed.
     """
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device))
@@ -256,7 +258,7 @@ def effective_settings(job: Job) -> dict[str, Any]:
     """What the call used, as plain values."""
     tiling = job.tiling
     window = tiling.window if isinstance(tiling.window, str) else getattr(tiling.window, "__name__", "callable")
-    shown = {name: value for name, value in job.arguments.items() if _is_plain(value)}
+    shown = {name: value for name, value in job.arguments.items() if _is_plain(value) and name not in _PLUMBING}
     return {
         "scale": job.scale,
         "tile": tiling.tile,

@@ -28,10 +28,14 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class GridReport:
-    """The grid of a call; lengths in output pixels, within the padded frame.
+    """The grid of a call; lengths in pixels of what the model made.
+
+    That is the output, padded at the lower right, and for hosts that always enlarge by their own factor before it is
+    reduced to the output's size.
 
     Args:
-        frame: height and width of the padded frame.
+        frame: height and width, padded.
+        content: height and width without the padding; the output's, unless it was reduced afterwards.
         tile: height and width of a tile.
         rows: top of each row of tiles.
         columns: left of each column of tiles.
@@ -40,6 +44,7 @@ class GridReport:
     """
 
     frame: tuple[int, int]
+    content: tuple[int, int]
     tile: tuple[int, int]
     rows: tuple[int, ...]
     columns: tuple[int, ...]
@@ -47,14 +52,15 @@ class GridReport:
     cost: float
 
     @classmethod
-    def of(cls, grid: TileGrid, pixels_per_latent: int) -> GridReport:
-        """The report of a grid of latents."""
+    def of(cls, grid: TileGrid, *, pixels_per_latent: int, content: tuple[int, int]) -> GridReport:
+        """The report of a grid of latents over a frame with this content."""
 
         def px(latents: int) -> int:
             return latents * pixels_per_latent
 
         return cls(
             frame=(px(grid.frame.height), px(grid.frame.width)),
+            content=content,
             tile=(px(grid.tile.height), px(grid.tile.width)),
             rows=tuple(px(span.start) for span in grid.rows),
             columns=tuple(px(span.start) for span in grid.columns),

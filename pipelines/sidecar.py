@@ -24,8 +24,6 @@ from latent_tiles.frames.files import Frame, check_writable, write_atomically, w
 
 SCHEMA = 1
 _LIBRARIES = ("latent-tiles", "torch", "diffusers", "transformers")
-# Plumbing of the host's call, not something that a user would set to repeat a run.
-_PLUMBING = frozenset({"callback_on_step_end_tensor_inputs", "callback_steps"})
 _COMMIT_LENGTH = 40
 
 
@@ -105,7 +103,7 @@ def sidecar(
         "source": {**asdict(source), "size": list(report.source_size)},
         "output": {"size": list(report.output_size)},
         "seeds": None if report.seeds is None else list(report.seeds),
-        "settings": {name: value for name, value in report.settings.items() if name not in _PLUMBING},
+        "settings": report.settings,
         "grid": asdict(report.grid),
         "run": {
             **asdict(runtime),

@@ -102,7 +102,11 @@ class LatentTiledUpscalePipeline:
         if not _is_hub_id(name) and not (Path(name) / "model_index.json").is_file():
             problem = "has no model_index.json" if Path(name).is_dir() else "does not exist"
             raise ModelFolderError(f"{name} {problem}; give the folder of a diffusers pipeline or an id on the hub")
-        config: Any = DiffusionPipeline.load_config(name, **hub)
+        try:
+            config: Any = DiffusionPipeline.load_config(name, **hub)
+        except OSError as error:
+            msg = f"{name} is neither a folder nor a model that the hub gave ({str(error).splitlines()[0]})"
+            raise ModelFolderError(msg) from error
         return pipeline_class(str(config.get("_class_name"))).from_pretrained(name, **kwargs)
 
     @classmethod

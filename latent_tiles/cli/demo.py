@@ -12,6 +12,7 @@ from latent_tiles.cli.console import Console
 from latent_tiles.errors import FrameFileError
 
 if TYPE_CHECKING:
+    from latent_tiles.frames.comparison import TileLayout
     from latent_tiles.frames.files import Frame
     from latent_tiles.frames.picture import Picture
     from latent_tiles.pipelines.report import UpscaleReport
@@ -96,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         picture, report = render(
             loaded,
             console,
-            image=frame.picture.to_channels().clamp(0, 1),
+            image=frame.picture.to_channels(),
             scale=arguments.scale,
             seed=arguments.seed,
             arguments={},
@@ -168,19 +169,32 @@ def _refuse_foreign(target: Path, compared: Path) -> None:
 
 
 def _compare(source: Picture, result: Picture, report: UpscaleReport, *, title: str, model: str) -> Any:
-    from latent_tiles.frames.comparison import TileLayout, comparison
+    from latent_tiles.frames.comparison import comparison
 
-    grid, settings = report.grid, report.settings
+    settings = report.settings
     return comparison(
         source,
         result,
-        TileLayout(rows=grid.rows, columns=grid.columns, tile=grid.tile),
+        _layout(report),
         title=f"{title}, x{settings['scale']:g}",
         notes=(
             model,
             f"{report.model_calls} steps, memory {settings['memory']}, seed {', '.join(map(str, report.seeds or ()))}",
             f"{report.seconds['total']:.1f} s",
         ),
+    )
+
+
+def _layout(report: UpscaleReport) -> TileLayout:
+    """The grid in pixels of the output, which a host that enlarges by a factor of its own may have been reduced to."""
+    from latent_tiles.frames.comparison import TileLayout
+
+    grid = report.grid
+    down, across = (out / made for out, made in zip(report.output_size, grid.content, strict=True))
+    return TileLayout(
+        rows=tuple(round(top * down) for top in grid.rows),
+        columns=tuple(round(left * across) for left in grid.columns),
+        tile=(round(grid.tile[0] * down), round(grid.tile[1] * across)),
     )
 
 

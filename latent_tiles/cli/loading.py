@@ -95,7 +95,7 @@ def _read(location: str, dtype: Any, *, show_downloads: bool) -> Any:
     if not show_downloads:
         disable_progress_bars()
     try:
-        return LatentTiledUpscalePipeline.from_pretrained(location, torch_dtype=dtype)
+        return LatentTiledUpscalePipeline.from_pretrained(location, dtype=dtype)
     except LatentTilesError:
         raise
     except (OSError, HFValidationError, SafetensorError) as error:

@@ -33,7 +33,7 @@ def render(
         LatentTilesError: bad input; before the model has run.
         RunError: the model computed NaN or infinite values.
     """
-    from latent_tiles.frames.picture import as_picture
+    from latent_tiles.frames.inputs import as_picture
 
     with TileBar(shown=console.shows_progress) as bar:
         output = loaded.pipe(image, scale=scale, seed=seed, progress=bar, output_type="pt", **arguments)
@@ -41,8 +41,7 @@ def render(
     if not bool(images.isfinite().all()):
         msg = f"the model computed NaN or infinite values in {loaded.runtime.dtype}; use --dtype float32"
         raise RunError(msg)
-    # Luma of equal channels may come out a rounding error above 1.
-    return as_picture(images.clamp(0, 1)), output.report
+    return as_picture(images), output.report
 
 
 def summary(

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         picture, report = render(
             loaded,
             console,
-            image=frame.picture.to_channels().clamp(0, 1),
+            image=frame.picture.to_channels(),
             scale=scale,
             seed=seed,
             arguments={"tiling": tiling, **options.host_arguments_of(arguments)},

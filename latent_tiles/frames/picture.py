@@ -60,7 +60,8 @@ class Picture:
         colour = self.rgb
         if self.grey:
             luma = torch.tensor(_LUMA, dtype=colour.dtype, device=colour.device).view(1, 3, 1, 1)
-            colour = (colour * luma).sum(dim=1, keepdim=True)
+            # Weights that sum to 1 may still round a white pixel above it.
+            colour = (colour * luma).sum(dim=1, keepdim=True).clamp(0, 1)
         return colour if self.alpha is None else torch.cat([colour, self.alpha], dim=1)
 
     def export(self, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:

@@ -494,6 +494,7 @@ def test_the_x4_host_makes_other_scales_too(scale: float, working: tuple[int, in
     """Below 4 its result is reduced, above 4 its source is enlarged first."""
     out = run(tiled(X4), picture(16, 24), scale=scale, num_inference_steps=2)
     assert tuple(out.images.shape[-2:]) == (16 * scale, 24 * scale)
+    assert out.report.grid.content == working
     assert out.report.grid.frame == tuple(-(-side // 8) * 8 for side in working)
 
 
@@ -712,3 +713,5 @@ def test_missing_folders(tmp_path: Any) -> None:
         LatentTiledUpscalePipeline.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ModelFolderError, match=r"has no model_index\.json"):
         LatentTiledUpscalePipeline.from_pretrained(tmp_path)
+    with pytest.raises(ModelFolderError, match="somebody/nothing is neither a folder nor a model that the hub gave"):
+        LatentTiledUpscalePipeline.from_pretrained("somebody/nothing")
