@@ -50,7 +50,7 @@ copy: $(VENV)/.dev
 	$(INSTALL) --no-deps --target build/copy .
 
 types: copy  ## static types
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 layers: copy  ## imports run downwards only
 	cd build/copy && ../../$(BIN)/lint-imports --config ../../pyproject.toml

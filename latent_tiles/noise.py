@@ -8,6 +8,7 @@ is resumed or rendered in parts draws what the whole run would have drawn.
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -58,8 +59,7 @@ class NoiseField:
         if not self.seeds:
             raise NoiseError("a noise field needs at least one seed")
         for seed in self.seeds:
-            if not 0 <= seed < _SEED_LIMIT:
-                raise NoiseError(f"seed {seed} is out of range; use 0 to 2**64 - 1")
+            check_seed(seed)
 
     def sample(
         self, purpose: Purpose, *, items: int, channels: int, box: Box, step: int = 0
@@ -91,6 +91,21 @@ class NoiseField:
                         block = _draw(f"{stream}/{channel}/{block_row}/{block_column}")
                         noise[item, channel, rows, columns] = block[inner_rows, inner_columns]
         return torch.from_numpy(noise)
+
+
+def check_seed(seed: int) -> int:
+    """The seed, if it can be one.
+
+    Raises:
+        NoiseError: not a whole number in [0, 2**64).
+    """
+    try:
+        whole = operator.index(seed)
+    except TypeError:
+        raise NoiseError(f"a seed must be a whole number, got {seed!r}") from None
+    if not 0 <= whole < _SEED_LIMIT:
+        raise NoiseError(f"seed {whole} is out of range; use 0 to 2**64 - 1")
+    return whole
 
 
 def _cuts(start: int, length: int) -> Iterator[tuple[int, slice, slice]]:

@@ -23,6 +23,7 @@ from latent_tiles.errors import ParameterisationError
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 
+_NO_LEVELS = "{} has neither sigmas nor alphas_cumprod; use memory='none' with it"
 _SMALLEST_SIGNAL = 1e-6
 """Below this the clean latent cannot be told from an epsilon prediction."""
 
@@ -95,11 +96,8 @@ def levels(scheduler: Any, timestep: Tensor | float) -> Levels:
         ParameterisationError: a scheduler that states neither sigmas nor cumulated alphas, mixed timesteps, or a
             timestep that is not on its schedule.
     """
-    value = _scalar(timestep)
-    config = scheduler.config
-    if hasattr(scheduler, "precondition_inputs") or "sigma_data" in config:
-        msg = f"{type(scheduler).__name__} scales inputs by the data's deviation (EDM); use memory='none' with it"
-        raise ParameterisationError(msg)
+    require_levels(scheduler)
+    value, config = _scalar(timestep), scheduler.config
     if type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas"):
         sigma = float(scheduler.sigmas[_index(scheduler, value)])
         stated = config.get("prediction_type", "flow_prediction")
@@ -111,11 +109,23 @@ def levels(scheduler: Any, timestep: Tensor | float) -> Levels:
         return Levels(signal=scale, noise=sigma * scale, prediction=prediction)
     cumulated = getattr(scheduler, "alphas_cumprod", None)
     if cumulated is None:
-        msg = f"{type(scheduler).__name__} has neither sigmas nor alphas_cumprod; use memory='none' with it"
-        raise ParameterisationError(msg)
+        raise ParameterisationError(_NO_LEVELS.format(type(scheduler).__name__))
     # Between two training timesteps (LCM and the like round) the nearer one is what the sampler itself uses.
     alpha = float(cumulated[min(max(round(value), 0), len(cumulated) - 1)])
     return Levels(signal=math.sqrt(alpha), noise=math.sqrt(1 - alpha), prediction=prediction)
+
+
+def require_levels(scheduler: Any) -> None:
+    """Check, before it is set up, that `levels` can serve a scheduler.
+
+    Raises:
+        ParameterisationError: it states no levels that are known here.
+    """
+    if hasattr(scheduler, "precondition_inputs") or "sigma_data" in scheduler.config:
+        msg = f"{type(scheduler).__name__} scales inputs by the data's deviation (EDM); use memory='none' with it"
+        raise ParameterisationError(msg)
+    if getattr(scheduler, "sigmas", None) is None and getattr(scheduler, "alphas_cumprod", None) is None:
+        raise ParameterisationError(_NO_LEVELS.format(type(scheduler).__name__))
 
 
 def _scalar(timestep: Tensor | float) -> float:

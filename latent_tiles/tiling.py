@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, SupportsIndex, cast, get_args
 
 from latent_tiles.errors import TilingError
 from latent_tiles.geometry import Size, TileGrid, as_size, nearest, plan_grid
@@ -15,6 +18,9 @@ NoiseSource = Literal["field", "host"]
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
     """How a frame is cut into tiles. Lengths are pixels of the **output** frame.
+
+    A host that enlarges by a factor of its own (the x4 upscaler) is an exception at other scales: there they are pixels
+    of what it makes, before that is reduced to the output.
 
     Args:
         tile: height and width of a tile, or one number for both. None: the model's own (its training size).
@@ -46,6 +52,9 @@ class Tiling:
     origin: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
+        for name in ("tile", "overlap", "origin"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        object.__setattr__(self, "tile_batch", _whole("tile_batch", self.tile_batch))
         if self.tile is not None and min(as_size(self.tile)) < 1:
             raise TilingError(f"tile must be at least 1 px, got {self.tile}")
         if self.overlap is not None and min(as_size(self.overlap)) < 0:
@@ -61,6 +70,22 @@ class Tiling:
         resolve_window(self.window)
 
 
+def _whole(name: str, value: Any) -> Any:
+    """Plain integers of whatever kind of integers was given, one or a pair.
+
+    Raises:
+        TilingError: something else.
+    """
+    try:
+        if isinstance(value, tuple | list) and name != "tile_batch":
+            height, width = (operator.index(side) for side in cast("Sequence[Any]", value))
+            return height, width
+        return None if value is None else operator.index(cast("SupportsIndex", value))
+    except (TypeError, ValueError):
+        pair = "" if name == "tile_batch" else ", or a pair (height, width) of them"
+        raise TilingError(f"{name} must be a whole number{pair}; got {value!r}") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentUnits:
     """What a model needs of its latents: the one home of the pixel-to-latent conversion.
@@ -68,14 +93,16 @@ class LatentUnits:
     Args:
         pixels_per_latent: output pixels on the side of one latent (the VAE's factor).
         multiple_of: origins and sizes of tiles are multiples of this many latents.
+        canvas_multiple_of: the padded frame is a multiple of this many latents too.
     """
 
     pixels_per_latent: int
     multiple_of: int
+    canvas_multiple_of: int = 1
 
     @property
     def multiple_px(self) -> int:
-        """Pixels of which tile and padded frame are multiples."""
+        """Pixels of which a tile is a multiple."""
         return self.pixels_per_latent * self.multiple_of
 
     def resolve(self, tiling: Tiling, *, tile: int, overlap: int, memory: str) -> Tiling:
@@ -86,9 +113,13 @@ class LatentUnits:
         chosen = tiling.tile if tiling.tile is not None else tile
         if tiling.overlap is not None:
             return replace(tiling, tile=chosen, memory=tiling.memory or memory)
-        room = min(as_size(chosen)) - self.multiple_px
-        fitting = overlap if overlap <= room else max(0, min(room, min(as_size(chosen)) // 8))
+        height, width = (self._fitting(overlap, side) for side in as_size(chosen))
+        fitting = height if height == width else (height, width)
         return replace(tiling, tile=chosen, overlap=fitting, memory=tiling.memory or memory)
+
+    def _fitting(self, overlap: int, side: int) -> int:
+        room = side - self.multiple_px
+        return overlap if overlap <= room else max(0, min(room, side // 8))
 
     def grid(self, canvas: Size, tiling: Tiling) -> TileGrid:
         """The grid over a canvas of latents.
@@ -132,7 +163,8 @@ class LatentUnits:
 
     def padded(self, frame: Size) -> Size:
         """The frame grown at the lower right to whole multiples of what the model needs, in pixels."""
-        return Size(*(-(-length // self.multiple_px) * self.multiple_px for length in frame))
+        multiple = math.lcm(self.multiple_of, self.canvas_multiple_of) * self.pixels_per_latent
+        return Size(*(-(-length // multiple) * multiple for length in frame))
 
     def _latents(self, px: int) -> int:
         return -(-px // self.pixels_per_latent)

@@ -7,11 +7,33 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from latent_tiles.errors import DefaultsError, TilingError
+from latent_tiles.errors import DefaultsError, MemoryStrategyError, TilingError
+from latent_tiles.memory import build_memory
 from latent_tiles.tiling import Tiling
 
 FILE_NAME = "latent_tiles.json"
 SCHEMA = 1
+
+_INFINITY = float("inf")
+_RANGES: dict[str, tuple[float, float]] = {
+    "tile": (1, _INFINITY),
+    "overlap": (0, _INFINITY),
+    "scale": (1, _INFINITY),
+    "num_inference_steps": (1, _INFINITY),
+    "guidance_scale": (0, _INFINITY),
+    "image_guidance_scale": (0, _INFINITY),
+    "strength": (0, 1),
+    "noise_level": (0, _INFINITY),
+    "validated_untiled_latent": (1, _INFINITY),
+}
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "int | None": (int, type(None)),
+    "float | None": (int, float, type(None)),
+}
+"""What JSON may hold for a setting, by its annotation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +69,15 @@ class ModelDefaults:
     validated_untiled_latent: int | None = None
 
     def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value: float | None = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise DefaultsError(f"{FILE_NAME}: {name} must be between {low} and {high}, got {value}")
         try:
-            Tiling(tile=self.tile, overlap=self.overlap, memory=self.memory)
-        except TilingError as error:
+            Tiling(tile=self.tile, overlap=self.overlap)
+            build_memory(self.memory)
+        except (TilingError, MemoryStrategyError) as error:
             raise DefaultsError(f"{FILE_NAME}: {error}") from error
-        if self.scale < 1:
-            raise DefaultsError(f"{FILE_NAME}: scale must be at least 1, got {self.scale}")
 
     def host_arguments(self) -> dict[str, Any]:
         """Arguments of the host's call that these defaults set."""
@@ -86,8 +111,7 @@ def parse_defaults(text: str) -> ModelDefaults:
         if name not in settings:
             raise DefaultsError(f"{FILE_NAME}: {name} is missing")
     for name, value in settings.items():
-        expected = str if name == "memory" else (int, float)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, expected)):
+        if isinstance(value, bool) or not isinstance(value, _KINDS[str(known[name])]):
             raise DefaultsError(f"{FILE_NAME}: {name} has the wrong type, got {value!r}")
     return ModelDefaults(**settings)
 

@@ -31,6 +31,8 @@ from latent_tiles.pipelines.tiled_model import tiled_forward
 from latent_tiles.pipelines.timing import Stopwatch, Timed
 
 from latent_tiles.denoiser import Clock, TiledDenoiser
+from latent_tiles.errors import CanvasError
+from latent_tiles.geometry import Size, TileGrid
 from latent_tiles.memory import build_memory
 from latent_tiles.noise import NoiseField
 from latent_tiles.windows import resolve_window
@@ -61,7 +63,7 @@ def upscale(
     watch, clock = Stopwatch(device), Clock()
     noise, seeds, generator = noise_of(job, request)
     denoiser = TiledDenoiser(
-        plan_grid=lambda canvas: job.units.grid(canvas, job.tiling),
+        plan_grid=lambda canvas: _planned(job, canvas),
         window=resolve_window(job.tiling.window),
         memory=build_memory(job.tiling.memory or "none"),
         tile_batch=job.tiling.tile_batch,
@@ -75,7 +77,7 @@ def upscale(
     with _installed(pipe, denoiser, noise, watch):
         output = call_host(
             image=host_image(job, host),
-            generator=generator,
+            generator=generator if noise is None else _spare_generator(host),
             output_type="latent" if request.output_type == "latent" else "pt",
             return_dict=True,
             **host_arguments(host, job),
@@ -97,6 +99,18 @@ def upscale(
         nsfw=None if nsfw is None else tuple(bool(flag) for flag in nsfw),
     )
     return images, report
+
+
+def _planned(job: Job, canvas: Size) -> TileGrid:
+    """The grid, for the canvas it was planned for."""
+    if canvas != job.grid.frame:
+        raise CanvasError(f"the host's canvas of {tuple(canvas)} latents is not the planned {tuple(job.grid.frame)}")
+    return job.grid
+
+
+def _spare_generator(host: Host) -> torch.Generator | None:
+    """The x4 host draws noise in its own body, which the field replaces where it is used: not from torch's global."""
+    return torch.Generator() if host.enlarges else None
 
 
 @contextmanager
@@ -130,6 +144,7 @@ def _progress(pipe: Any, job: Job, clock: Clock, tell: Callable[[Progress], None
         # Image-to-image hosts run only the last part of the schedule and say how much.
         steps = int(getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps))
         total = steps * len(job.grid)
-        tell(Progress(step=clock.model_calls, steps=steps, tiles=min(clock.tiles, total), tiles_total=total))
+        step = min(clock.model_calls + 1, steps)
+        tell(Progress(step=step, steps=steps, tiles=min(clock.tiles, total), tiles_total=total))
 
     return on_tiles

@@ -43,8 +43,13 @@ class Host:
 
     def units(self, pipe: Any) -> LatentUnits:
         """Pixels per latent of this pipeline's VAE, and what its U-Net needs tiles to be multiples of."""
-        levels = len(pipe.unet.config.block_out_channels)
-        return LatentUnits(pixels_per_latent=int(pipe.vae_scale_factor), multiple_of=2 ** (levels - 1))
+        levels, factor = len(pipe.unet.config.block_out_channels), int(pipe.vae_scale_factor)
+        return LatentUnits(
+            pixels_per_latent=factor,
+            multiple_of=2 ** (levels - 1),
+            # A host that enlarges cuts its small image to whole multiples of the factor.
+            canvas_multiple_of=factor if self.enlarges else 1,
+        )
 
     def defaults(self, pipe: Any) -> ModelDefaults:
         """Defaults from the table, with the size that the U-Net was trained at as tile."""
@@ -115,6 +120,10 @@ _HOSTS = (
         ),
     ),
 )
+
+
+HOST_NAMES = tuple(host.name for host in _HOSTS)
+"""Class names of the hosts themselves."""
 
 
 def supported_hosts() -> tuple[str, ...]:

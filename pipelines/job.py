@@ -15,13 +15,15 @@ from latent_tiles.pipelines.hosts import Host
 from latent_tiles.pipelines.report import Progress
 from torch import Tensor
 
-from latent_tiles.errors import ImageError, SettingError
+from latent_tiles.errors import CanvasError, ImageError, MemoryStrategyError, SettingError
 from latent_tiles.frames.inputs import as_picture
 from latent_tiles.frames.picture import Picture, pad_to, resize, scaled_size
 from latent_tiles.geometry import Size, TileGrid
 from latent_tiles.memory import build_memory
-from latent_tiles.noise import NoiseField
+from latent_tiles.noise import NoiseField, check_seed
+from latent_tiles.parameterisation import require_levels
 from latent_tiles.tiling import LatentUnits, Tiling
+from latent_tiles.windows import resolve_window, tile_weights
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _OWNED = frozenset({"self", "image", "return_dict", "output_type", "args", "kwargs"})
@@ -48,7 +50,7 @@ class Request:
     image: Any
     scale: float | None
     tiling: Tiling | None
-    seed: int | Sequence[int] | None
+    seed: Any
     progress: Callable[[Progress], None] | None
     output_type: str
     arguments: Mapping[str, Any]
@@ -84,16 +86,18 @@ def prepare(pipe: Any, host: Host, defaults: ModelDefaults, call_host: Callable[
     arguments = _fill_arguments(host, defaults, call_host, request.arguments)
     units = host.units(pipe)
     source = as_picture(request.image)
-    scale = defaults.scale if request.scale is None else request.scale
+    scale = _number("scale", defaults.scale if request.scale is None else request.scale)
     target = scaled_size(source.size, scale)
     working = _working_size(source.size, target, units.pixels_per_latent) if host.enlarges else target
     tiling = units.resolve(
         request.tiling or Tiling(), tile=defaults.tile, overlap=defaults.overlap, memory=defaults.memory
     )
-    build_memory(tiling.memory or "none")
+    _check_memory(tiling, pipe.scheduler, arguments)
     units.origin(tiling)
     padded = units.padded(working)
-    canvas = Size(*(length // units.pixels_per_latent for length in padded))
+    grid = units.grid(Size(*(length // units.pixels_per_latent for length in padded)), tiling)
+    for index in range(len(grid)):
+        tile_weights(grid, index, resolve_window(tiling.window))
     return Job(
         source=source,
         target=target,
@@ -101,10 +105,24 @@ def prepare(pipe: Any, host: Host, defaults: ModelDefaults, call_host: Callable[
         padded=padded,
         units=units,
         tiling=tiling,
-        grid=units.grid(canvas, tiling),
+        grid=grid,
         scale=scale,
         arguments=arguments,
     )
+
+
+def _check_memory(tiling: Tiling, scheduler: Any, arguments: Mapping[str, Any]) -> None:
+    """Whatever a memory would refuse in the middle of a call is refused before it."""
+    name = tiling.memory or "none"
+    if not build_memory(name).uses_levels_and_noise:
+        return
+    if tiling.noise != "field":
+        raise MemoryStrategyError(f"memory {name!r} needs the shared noise field; use noise='field'")
+    for argument in ("latents", "denoising_start"):
+        if arguments.get(argument) is not None:
+            msg = f"memory {name!r} needs the noise that the run starts from, which {argument} replaces; leave one out"
+            raise MemoryStrategyError(msg)
+    require_levels(scheduler)
 
 
 def _working_size(source: Size, target: Size, factor: int) -> Size:
@@ -127,14 +145,26 @@ def _fill_arguments(
     }
     filled.update({name: value for name, value in defaults.host_arguments().items() if name in known})
     filled.update({name: value for name, value in given.items() if value is not None})
-    _check_steps(filled.get("num_inference_steps"), filled.get("strength"))
+    _check_steps(filled)
+    copies = filled.get("num_images_per_prompt")
+    if copies is not None and copies < 1:
+        raise SettingError(f"num_images_per_prompt must be at least 1, got {copies}")
     return filled
 
 
-def _check_steps(steps: int | None, strength: float | None) -> None:
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise SettingError(f"{name} must be a number, got {value!r}") from None
+
+
+def _check_steps(arguments: Mapping[str, Any]) -> None:
+    steps, strength = arguments.get("num_inference_steps"), arguments.get("strength")
     if steps is not None and steps < 1:
         raise SettingError(f"num_inference_steps must be at least 1, got {steps}")
-    if strength is None:
+    # Where the caller states the schedule or its part, the host goes by that.
+    if strength is None or any(arguments.get(name) is not None for name in ("denoising_start", "timesteps", "sigmas")):
         return
     if not 0 < strength <= 1:
         raise SettingError(f"strength must be above 0 and at most 1, got {strength}")
@@ -152,7 +182,8 @@ def host_image(job: Job, host: Host) -> Tensor:
     padded = Size(*(side // factor for side in job.padded))
     image = pad_to(resize(image, size), padded)
     # The host repeats images for several results a prompt in another order than prompts; ours are already in place.
-    return image if host.enlarges else image.repeat_interleave(_copies(job), dim=0)
+    # Only where needed: a repeated tensor has other strides, and convolutions then round otherwise than the host's.
+    return image if host.enlarges or _copies(job) == 1 else image.repeat_interleave(_copies(job), dim=0)
 
 
 def _copies(job: Job) -> int:
@@ -167,11 +198,14 @@ def host_arguments(host: Host, job: Job) -> dict[str, Any]:
     """
     arguments = dict(job.arguments)
     arguments.pop("generator", None)
-    if arguments.get("prompt_embeds") is None:
-        prompt = arguments.get("prompt")
-        arguments["prompt"] = _per_item("prompt", "" if prompt is None else prompt, job.source.items)
-    if arguments.get("negative_prompt") is not None:
-        arguments["negative_prompt"] = _per_item("negative_prompt", arguments["negative_prompt"], job.source.items)
+    if arguments.get("prompt_embeds") is None and arguments.get("prompt") is None:
+        arguments["prompt"] = ""
+    for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
+        if arguments.get(name) is not None:
+            arguments[name] = _per_item(name, arguments[name], job.source.items)
+    embeds = arguments.get("prompt_embeds")
+    if embeds is not None and len(embeds) != job.source.items:
+        raise SettingError(f"prompt_embeds has {len(embeds)} rows for {job.source.items} images; give one for each")
     if host.enlarges and job.source.items > 1 and _copies(job) > 1:
         raise SettingError(f"{host.name} mixes up several images with num_images_per_prompt > 1; call it once an image")
     if len(job.grid) > 1:
@@ -220,10 +254,11 @@ def noise_of(job: Job, request: Request) -> tuple[NoiseField | None, tuple[int, 
     generator = request.arguments.get("generator")
     if generator is not None and request.seed is not None:
         raise SettingError("give either seed or generator, not both")
-    given = [request.seed] if isinstance(request.seed, int) else request.seed
     results = job.source.items * _copies(job)
-    if given is not None and len(given) not in (1, results):
-        raise SettingError(f"{len(given)} seeds for {results} results; give one for each, or one for all")
+    given = None if request.seed is None else _seeds(request.seed)
+    for name, sources in (("seeds", given), ("generators", generator if isinstance(generator, list) else None)):
+        if sources is not None and len(sources) not in (1, results):
+            raise SettingError(f"{len(sources)} {name} for {results} results; give one for each, or one for all")
     if job.tiling.noise == "host":
         if given is None:
             return None, None, generator
@@ -233,6 +268,10 @@ def noise_of(job: Job, request: Request) -> tuple[NoiseField | None, tuple[int, 
         generators = generator if isinstance(generator, list) else [generator]
         given = [_draw_seed(source) for source in generators]
     return NoiseField(seeds=tuple(given), origin=job.units.origin(job.tiling)), tuple(given), None
+
+
+def _seeds(seed: Any) -> list[int]:
+    return [check_seed(one) for one in (seed if isinstance(seed, list | tuple) else [seed])]
 
 
 def _draw_seed(generator: torch.Generator | None) -> int:
@@ -248,6 +287,8 @@ def _draw_seed(generator: torch.Generator | None) -> int:
 def finish(images: Tensor, job: Job, output_type: Any) -> Any:
     """Crop the host's images to the frame, give them the source's channels back, and bring them to an output type."""
     height, width = job.working
+    if Size(*images.shape[-2:]) != job.padded:
+        raise CanvasError(f"the host made {tuple(images.shape[-2:])} px where {tuple(job.padded)} were expected")
     images = resize(images.float()[:, :, :height, :width], job.target)
     source = job.source.repeated(images.shape[0] // job.source.items)
     alpha = None if source.alpha is None else resize(source.alpha, job.target).to(images.device)

@@ -14,7 +14,7 @@ class Progress:
     """Where a call stands.
 
     Args:
-        step: calls of the model that are finished.
+        step: which call of the model is running, from 1.
         steps: calls of the model in all.
         tiles: tiles that are finished, over all steps.
         tiles_total: tiles in all, over all steps.

@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.outputs import BaseOutput
 from latent_tiles.pipelines.defaults import FILE_NAME, ModelDefaults, parse_defaults
 from latent_tiles.pipelines.envelope import upscale
-from latent_tiles.pipelines.hosts import Host, host_of
+from latent_tiles.pipelines.hosts import HOST_NAMES, Host, host_of
 from latent_tiles.pipelines.job import Request
 from latent_tiles.pipelines.report import Progress, UpscaleReport
 from PIL import Image
@@ -25,6 +26,7 @@ from torch import Tensor
 from latent_tiles.errors import ModelFolderError, UnsupportedHostError
 from latent_tiles.tiling import Tiling
 
+_KEEPS_DTYPES: ContextVar[bool] = ContextVar("keeps_dtypes", default=False)
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
 
 
@@ -115,26 +117,36 @@ class LatentTiledUpscalePipeline:
 
         Args:
             pipeline: a supported diffusers pipeline.
-            **kwargs: what `DiffusionPipeline.from_pipe` takes. Unlike there, the dtype stays what it is.
+            **kwargs: what `DiffusionPipeline.from_pipe` takes. Unlike there, dtypes stay unless one is given.
 
         Raises:
             UnsupportedHostError: no host runs this kind of pipeline.
         """
         if cls is LatentTiledUpscalePipeline:
             return pipeline_class(type(pipeline).__name__).from_pipe(pipeline, **kwargs)
-        if "torch_dtype" not in kwargs and "dtype" not in kwargs:
-            kwargs["dtype"] = pipeline.dtype
-        pipe: Any = super().from_pipe(pipeline, **kwargs)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+        # diffusers casts every model to one dtype, float32 unless told otherwise; the caller's pipeline shares them.
+        cast = "torch_dtype" in kwargs or "dtype" in kwargs
+        token = _KEEPS_DTYPES.set(not cast)
+        try:
+            pipe: Any = super().from_pipe(pipeline, **kwargs)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+        finally:
+            _KEEPS_DTYPES.reset(token)
         pipe._model_defaults = getattr(pipeline, "_model_defaults", None)
         if pipe._model_defaults is None and Path(str(pipeline.name_or_path or "")).is_dir():
             pipe._model_defaults = _read_defaults(str(pipeline.name_or_path), {})
         return pipe
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast the models, as the host does."""
+        return self if _KEEPS_DTYPES.get() else super().to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as the host does, and the model's tiling defaults, where it has some, beside it."""
-        super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
         if self._model_defaults is not None:
+            # First, because the host may upload the folder at the end.
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
             self._model_defaults.save(Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
 
     @property
     def tile_defaults(self) -> ModelDefaults:
@@ -159,6 +171,13 @@ def pipeline_class(name: str) -> Any:
     }
     # Named after the host: diffusers writes the class's name into model_index.json and looks it up again.
     return type(host.name, (LatentTiledUpscalePipeline, base), namespace)
+
+
+def __getattr__(name: str) -> Any:
+    """The tiled subclass of a host under the host's name, where pickle looks for it."""
+    if name in HOST_NAMES:
+        return pipeline_class(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _tiled_call(base: Any) -> Callable[..., Any]:

@@ -43,7 +43,7 @@ class TileBar:
         self._bar.total = progress.tiles_total
         last = progress.tiles >= progress.tiles_total
         self._bar.set_description_str("decoding" if last else "denoising", refresh=False)
-        self._bar.set_postfix_str(f"step {min(progress.step + 1, progress.steps)}/{progress.steps}", refresh=False)
+        self._bar.set_postfix_str(f"step {progress.step}/{progress.steps}", refresh=False)
         self._bar.update(progress.tiles - self._bar.n)
         if last:
             self._bar.refresh()

@@ -72,6 +72,7 @@ def from_tensor(values: Tensor) -> Picture:
     Raises:
         ImageError: another shape or dtype, empty, out of range, or with NaN or infinite values.
     """
+    values = values.detach()
     return _split(_unit_range(values if values.ndim == 4 else values[None], "tensor"))
 
 

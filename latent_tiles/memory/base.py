@@ -62,6 +62,9 @@ class TileMemory(Protocol):
     order_free: bool
     """True where the result does not depend on the order of tiles within a step."""
 
+    uses_levels_and_noise: bool
+    """True where it reads `ModelStep.levels` and `ModelStep.noise`, so that callers can check before any model runs."""
+
     def ticks(self, grid: TileGrid) -> Sequence[Sequence[int]]:
         """The order of the tiles: every tile once, those of one tick independent of each other."""
         ...

@@ -21,6 +21,7 @@ class NoMemory:
     """Every tile sees its part of the canvas."""
 
     order_free = True
+    uses_levels_and_noise = False
 
     def ticks(self, grid: TileGrid) -> Sequence[Sequence[int]]:
         """One tick with every tile."""

@@ -45,6 +45,7 @@ class Pin:
     """
 
     order_free = False
+    uses_levels_and_noise = True
 
     def __init__(self, *, strength: float = 1.0) -> None:
         if not 0 <= strength <= 1:

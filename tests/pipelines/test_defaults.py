@@ -91,7 +91,13 @@ def test_every_host_has_a_table(name: str) -> None:
         ('{"schema": 1, "tile": true, "overlap": 8}', "tile has the wrong type, got True"),
         ('{"schema": 1, "tile": 64, "overlap": 8, "memory": 3}', "memory has the wrong type, got 3"),
         ('{"schema": 1, "tile": 64, "overlap": 64}', "overlap 64 px is not below"),
-        ('{"schema": 1, "tile": 64, "overlap": 8, "scale": 0}', "scale must be at least 1, got 0"),
+        ('{"schema": 1, "tile": 64, "overlap": 8, "scale": 0}', "scale must be between 1 and inf, got 0"),
+        ('{"schema": 1, "tile": 64, "overlap": 8, "scale": null}', "scale has the wrong type, got None"),
+        ('{"schema": 1, "tile": null, "overlap": 8}', "tile has the wrong type, got None"),
+        ('{"schema": 1, "tile": 512.0, "overlap": 8}', "tile has the wrong type, got 512.0"),
+        ('{"schema": 1, "tile": 64, "overlap": 8, "memory": "elephant"}', "unknown memory 'elephant'"),
+        ('{"schema": 1, "tile": 64, "overlap": 8, "strength": 7}', "strength must be between 0 and 1, got 7"),
+        ('{"schema": 1, "tile": 64, "overlap": 8, "num_inference_steps": 2.5}', "has the wrong type, got 2.5"),
     ],
 )
 def test_bad_files_are_refused(text: str, match: str) -> None:
