@@ -60,7 +60,8 @@ def main() -> None:
     clock = _Clock(device)
     with torch.inference_mode():
         machinery = [
-            measure_machinery(pipe, clock, options.grid, options.tile, batch, memory, options.repeats)
+            # Quick and near the noise of a shared machine: many more rounds.
+            measure_machinery(pipe, clock, options.grid, options.tile, batch, memory, 4 * options.repeats)
             for memory, batch in (("none", 1), ("none", 4), ("pin", 1))
         ]
     job = measure_job(pipe, clock, options.side, options.tile, options.repeats)

@@ -93,7 +93,7 @@ def comparison(
     overview = _overview_size(result.size, content)
     rows_top = _MARGIN + _HEADLINE + 3 * _GAP + _BODY + _GAP
     overview_top = rows_top + len(crops) * (panel.height + _GAP) + 2 * _GAP + _BODY + _GAP
-    legend_height = (len(notes) + 8) * (_BODY + 10)
+    legend_height = (sum(len(_wrapped(note)) for note in notes) + 8) * (_BODY + 10)
     height = overview_top + max(overview.height, legend_height) + _MARGIN
     sheet = Image.new("RGB", (content + 2 * _MARGIN, height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
@@ -293,12 +293,24 @@ def _legend(
     where = ("crop A: most detail", "crop B: most detail where tiles meet")
     lines.extend((text, _CROP) for text, _ in zip(where, crops, strict=False))
     lines.append(("", None))
-    lines.extend((note, None) for note in notes)
+    lines.extend((line, None) for note in notes for line in _wrapped(note))
     for text, colour in lines:
         if colour is not None:
             draw.rectangle((left, top + 3, left + 12, top + 15), outline=colour, width=2, fill=_swatch(colour))
         _write(draw, (left + (22 if colour is not None else 0), top), text, colour=_TEXT if colour else _FAINT)
         top += _BODY + 10
+
+
+def _wrapped(text: str) -> list[str]:
+    """The text in lines that fit beside the overview."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and _font(_BODY).getlength(longer) <= _LEGEND_WIDTH:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def _swatch(colour: tuple[int, int, int]) -> tuple[int, int, int] | None:

@@ -12,7 +12,7 @@ from latent_tiles.errors import ModelFolderError
 CHECKSUMS = "SHA256SUMS"
 """List of the model's files in the form that `sha256sum` writes and checks."""
 
-DESCRIPTION = "latent-tiles reference model, first checkpoint (small, undertrained; see its MODEL_CARD.md)"
+DESCRIPTION = "latent-tiles reference model 1 (small, still undertrained)"
 """What the command line says about the model it runs by default."""
 
 _MODEL = Path(__file__).parent / "model"
