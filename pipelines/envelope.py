@@ -7,6 +7,7 @@ to what the model needs, give the host our noise, replace the denoiser's forward
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -37,6 +38,8 @@ from latent_tiles.memory import build_memory
 from latent_tiles.noise import NoiseField
 from latent_tiles.windows import resolve_window
 
+_LOG = logging.getLogger(__name__)
+
 
 def upscale(
     pipe: Any, host: Host, defaults: ModelDefaults, call_host: Callable[..., Any], request: Request
@@ -57,6 +60,9 @@ def upscale(
         LatentTilesError: one of its leaves, for bad input; before any model has run.
     """
     job = prepare(pipe, host, defaults, call_host, request)
+    if getattr(pipe, "watermarker", None) is not None:
+        # The x4 host marks only what it makes a PIL image of itself, which is 8 bits deep.
+        _LOG.warning("the pipeline's watermarker is not applied to tiled results")
     device = torch.device(pipe._execution_device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

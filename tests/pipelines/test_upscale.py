@@ -842,6 +842,15 @@ def test_numbers_of_other_kinds_are_taken_or_refused_clearly() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_watermarker_that_is_passed_over_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = tiled(X4)
+    run(pipe, source_for(X4), num_inference_steps=1)
+    assert "watermarker" not in caplog.text
+    pipe.watermarker = object()
+    run(pipe, source_for(X4), num_inference_steps=1)
+    assert "watermarker is not applied" in caplog.text
+
+
 def test_the_x4_hosts_own_draw_leaves_torchs_generator_alone() -> None:
     pipe = tiled(X4)
     torch.manual_seed(1)
