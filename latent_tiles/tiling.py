@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, SupportsIndex, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from latent_tiles.errors import TilingError
 from latent_tiles.geometry import Size, TileGrid, as_size, nearest, plan_grid
@@ -52,9 +52,8 @@ class Tiling:
     origin: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
-        for name in ("tile", "overlap", "origin"):
-            object.__setattr__(self, name, _whole(name, getattr(self, name)))
-        object.__setattr__(self, "tile_batch", _whole("tile_batch", self.tile_batch))
+        for name, read in (("tile", _side), ("overlap", _side), ("origin", _pair), ("tile_batch", _whole)):
+            object.__setattr__(self, name, read(name, getattr(self, name)))
         if self.tile is not None and min(as_size(self.tile)) < 1:
             raise TilingError(f"tile must be at least 1 px, got {self.tile}")
         if self.overlap is not None and min(as_size(self.overlap)) < 0:
@@ -70,20 +69,30 @@ class Tiling:
         resolve_window(self.window)
 
 
-def _whole(name: str, value: Any) -> Any:
-    """Plain integers of whatever kind of integers was given, one or a pair.
+def _whole(name: str, value: Any, *, expected: str = "a whole number") -> int:
+    """A plain integer of whatever kind of integer was given.
 
     Raises:
         TilingError: something else.
     """
     try:
-        if isinstance(value, tuple | list) and name != "tile_batch":
-            height, width = (operator.index(side) for side in cast("Sequence[Any]", value))
-            return height, width
-        return None if value is None else operator.index(cast("SupportsIndex", value))
-    except (TypeError, ValueError):
-        pair = "" if name == "tile_batch" else ", or a pair (height, width) of them"
-        raise TilingError(f"{name} must be a whole number{pair}; got {value!r}") from None
+        return operator.index(value)
+    except TypeError:
+        raise TilingError(f"{name} must be {expected}; got {value!r}") from None
+
+
+def _pair(name: str, value: Any, *, expected: str = "a pair (height, width) of whole numbers") -> tuple[int, int]:
+    if not isinstance(value, tuple | list) or len(cast("Sequence[Any]", value)) != 2:
+        raise TilingError(f"{name} must be {expected}; got {value!r}")
+    height, width = (_whole(name, side, expected=expected) for side in cast("Sequence[Any]", value))
+    return height, width
+
+
+def _side(name: str, value: Any) -> int | tuple[int, int] | None:
+    expected = "a whole number, or a pair (height, width) of them"
+    if value is None:
+        return None
+    return (_pair if isinstance(value, tuple | list) else _whole)(name, value, expected=expected)
 
 
 @dataclass(frozen=True, kw_only=True)

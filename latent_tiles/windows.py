@@ -73,6 +73,17 @@ def tile_weights(grid: TileGrid, index: int, window: Window) -> Float[Tensor, "h
     return torch.outer(*axes)
 
 
+def check_window(grid: TileGrid, window: Window) -> None:
+    """Check, before any work, that a window serves every row and column of a grid.
+
+    Raises:
+        TilingError: see `tile_weights`.
+    """
+    columns = len(grid.columns)
+    for index in (*range(columns), *range(0, len(grid), columns)):
+        tile_weights(grid, index, window)
+
+
 def _checked(window: Window, length: int, before: int, after: int) -> Float[Tensor, " length"]:
     weights = window(length, before, after)
     if weights.shape != (length,):

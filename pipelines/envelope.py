@@ -13,6 +13,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+
+from latent_tiles.denoiser import Clock, TiledDenoiser
+from latent_tiles.errors import CanvasError
+from latent_tiles.geometry import Size, TileGrid
+from latent_tiles.memory import build_memory
+from latent_tiles.noise import NoiseField
 from latent_tiles.pipelines.defaults import ModelDefaults
 from latent_tiles.pipelines.hosts import Host
 from latent_tiles.pipelines.job import (
@@ -30,12 +36,6 @@ from latent_tiles.pipelines.patches import patched
 from latent_tiles.pipelines.report import GridReport, Progress, UpscaleReport, peak_host_mib
 from latent_tiles.pipelines.tiled_model import tiled_forward
 from latent_tiles.pipelines.timing import Stopwatch, Timed
-
-from latent_tiles.denoiser import Clock, TiledDenoiser
-from latent_tiles.errors import CanvasError
-from latent_tiles.geometry import Size, TileGrid
-from latent_tiles.memory import build_memory
-from latent_tiles.noise import NoiseField
 from latent_tiles.windows import resolve_window
 
 _LOG = logging.getLogger(__name__)
@@ -77,9 +77,8 @@ def upscale(
         noise=noise,
         branches=lambda: host.branches(pipe, job.arguments),
         clock=clock,
+        on_tiles=_progress(pipe, job, clock, request.progress or _tell_nobody),
     )
-    if request.progress is not None:
-        denoiser.on_tiles = _progress(pipe, job, clock, request.progress)
     with _installed(pipe, denoiser, noise, watch):
         output = call_host(
             image=host_image(job, host),
@@ -142,6 +141,10 @@ def _installed(
             stack.enter_context(field_noise(pipe, noise, clock))
         stack.enter_context(tiled_forward(pipe.unet, Timed(denoiser=denoiser, watch=watch)))
         yield
+
+
+def _tell_nobody(progress: Progress) -> None:
+    del progress
 
 
 def _progress(pipe: Any, job: Job, clock: Clock, tell: Callable[[Progress], None]) -> Callable[[int], None]:

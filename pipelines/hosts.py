@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latent_tiles.pipelines.defaults import ModelDefaults, for_tile
-
 from latent_tiles.errors import UnsupportedHostError
 from latent_tiles.geometry import Size
+from latent_tiles.pipelines.defaults import ModelDefaults, for_tile
 from latent_tiles.tiling import LatentUnits
 
 Arguments = Mapping[str, Any]

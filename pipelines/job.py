@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from latent_tiles.pipelines.defaults import ModelDefaults
-from latent_tiles.pipelines.hosts import Host
-from latent_tiles.pipelines.report import Progress
 from torch import Tensor
 
 from latent_tiles.errors import CanvasError, ImageError, MemoryStrategyError, SettingError
@@ -22,8 +19,11 @@ from latent_tiles.geometry import Size, TileGrid
 from latent_tiles.memory import build_memory
 from latent_tiles.noise import NoiseField, check_seed
 from latent_tiles.parameterisation import require_levels
+from latent_tiles.pipelines.defaults import ModelDefaults
+from latent_tiles.pipelines.hosts import Host
+from latent_tiles.pipelines.report import Progress
 from latent_tiles.tiling import LatentUnits, Tiling
-from latent_tiles.windows import resolve_window, tile_weights
+from latent_tiles.windows import check_window, resolve_window
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _OWNED = frozenset({"self", "image", "return_dict", "output_type", "args", "kwargs"})
@@ -96,8 +96,7 @@ def prepare(pipe: Any, host: Host, defaults: ModelDefaults, call_host: Callable[
     units.origin(tiling)
     padded = units.padded(working)
     grid = units.grid(Size(*(length // units.pixels_per_latent for length in padded)), tiling)
-    for index in range(len(grid)):
-        tile_weights(grid, index, resolve_window(tiling.window))
+    check_window(grid, resolve_window(tiling.window))
     return Job(
         source=source,
         target=target,

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from latent_tiles.pipelines.patches import patched
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -22,6 +21,7 @@ from latent_tiles.denoiser import Clock
 from latent_tiles.errors import NoiseError
 from latent_tiles.geometry import Box
 from latent_tiles.noise import NoiseField, Purpose
+from latent_tiles.pipelines.patches import patched
 
 _UNKEYED_DRAWS = frozenset({torch.normal, torch.Tensor.normal_, torch.rand, torch.rand_like})
 

@@ -17,10 +17,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from latent_tiles.pipelines.report import UpscaleReport
-
 from latent_tiles.errors import FrameFileError
 from latent_tiles.frames.files import Frame, check_writable, write_atomically, write_frame
+from latent_tiles.pipelines.report import UpscaleReport
 
 SCHEMA = 1
 _LIBRARIES = ("latent-tiles", "torch", "diffusers", "transformers")

@@ -7,11 +7,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from latent_tiles.pipelines.patches import patched
 from torch import nn
 
 from latent_tiles.denoiser import Denoiser
 from latent_tiles.families import family_of
+from latent_tiles.pipelines.patches import patched
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from latent_tiles.pipelines.patches import patched
 
 from latent_tiles.denoiser import Denoiser
 from latent_tiles.families import ModelCall
+from latent_tiles.pipelines.patches import patched
 
 
 class Stopwatch:

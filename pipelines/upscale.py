@@ -15,15 +15,15 @@ import diffusers
 import numpy as np
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.outputs import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from latent_tiles.errors import ModelFolderError, UnsupportedHostError
 from latent_tiles.pipelines.defaults import FILE_NAME, ModelDefaults, parse_defaults
 from latent_tiles.pipelines.envelope import upscale
 from latent_tiles.pipelines.hosts import HOST_NAMES, Host, host_of
 from latent_tiles.pipelines.job import Request
 from latent_tiles.pipelines.report import Progress, UpscaleReport
-from PIL import Image
-from torch import Tensor
-
-from latent_tiles.errors import ModelFolderError, UnsupportedHostError
 from latent_tiles.tiling import Tiling
 
 _KEEPS_DTYPES: ContextVar[bool] = ContextVar("keeps_dtypes", default=False)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
+
+import torch
 
 from .loop import LoopConfig
 
@@ -23,9 +26,21 @@ def add_loop_arguments(parser: argparse.ArgumentParser, *, lr: float) -> None:
     parser.add_argument("--ema", type=float, default=LoopConfig.ema, help="decay of the average (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default: load in this process)")
+    add_machine_arguments(parser)
+    parser.add_argument("--tracker", choices=("tensorboard",), help="log through accelerate")
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add arguments that say how the machine is used."""
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="autocast (default: %(default)s)")
-    parser.add_argument("--tracker", choices=("tensorboard",), help="log through accelerate")
+
+
+def begin(options: argparse.Namespace) -> None:
+    """Log to the terminal and use as many threads as were asked for, if any were."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if getattr(options, "threads", None) is not None:
+        torch.set_num_threads(options.threads)
 
 
 def loop_config(options: argparse.Namespace) -> LoopConfig:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .command import add_loop_arguments, loop_config
+from .command import add_loop_arguments, begin, loop_config
 from .data import batch_rng
 from .errors import CheckpointError, TrainingDataError, require
 from .loop import Batch, fit, load_ema
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--texture", type=float, default=DecoderConfig.texture, help="weight of the texture term")
     parser.add_argument("--batch", type=int, default=DecoderConfig.batch)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    begin(options)
     shape = DecoderConfig(texture=options.texture, batch=options.batch)
     config = loop_config(options)
     objective = DecoderObjective(load_vae(options.vae), shape)

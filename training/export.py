@@ -20,6 +20,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from torch import nn
 
 from .card import CardFacts, render_card, summarise_sources
+from .command import begin
 from .errors import require
 from .loop import load_ema
 from .text import build_tokenizer
@@ -203,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--hardware", default="CPU", help="what the model was trained on, in words")
     parser.add_argument("--validated-untiled-latent", type=int, help="largest latent side validated without tiles")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    begin(options)
     values = vars(options)
     defaults = ModelDefaults(validated_untiled_latent=values.pop("validated_untiled_latent"))
     out = export(values.pop("vae"), values.pop("unet"), values.pop("out"), defaults=defaults, **values)

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .command import add_data_argument
+from .command import add_data_argument, add_machine_arguments, begin
 from .data import CropConfig, Pixels, batch_rng, expand, random_crop, read_pictures
 from .degrade import DegradeConfig, degrade
 from .errors import CheckpointError, TrainingDataError, require
@@ -178,12 +178,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--first-round", type=int, default=0, help="number of the first of them")
     parser.add_argument("--side-px", type=int, default=LatentsConfig.side_px)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="CPU threads of torch")
-    parser.add_argument("--precision", choices=("bf16", "no"), default="bf16")
+    add_machine_arguments(parser)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    begin(options)
     accelerator = Accelerator(mixed_precision=options.precision)
     vae = load_vae(Path(options.vae)).to(accelerator.device, memory_format=torch.channels_last)
     pictures = [pixels for _, pixels in read_pictures(expand(options.data))]

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from .command import add_data_argument
+from .command import add_data_argument, add_machine_arguments, begin
 from .data import Pixels, batch_rng, expand, read_pictures
 from .degrade import DegradeConfig
 from .errors import CheckpointError, TrainingDataError, require
@@ -159,12 +159,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the samples; left alone if it exists")
     parser.add_argument("--side", type=int, default=SamplesConfig.side, help="side of a crop in latents")
     parser.add_argument("--batch", type=int, default=SamplesConfig.batch)
-    parser.add_argument("--threads", type=int, help="CPU threads of torch")
-    parser.add_argument("--precision", choices=("bf16", "no"), default="bf16")
+    add_machine_arguments(parser)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    begin(options)
     pictures = [pixels for _, pixels in read_pictures(expand(options.data))]
     config = SamplesConfig(side=options.side, batch=options.batch)
     logger.info(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .command import add_loop_arguments, loop_config
+from .command import add_loop_arguments, begin, loop_config
 from .data import batch_rng
 from .errors import require
 from .latents import LatentPool
@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=UnetConfig.layers)
     parser.add_argument("--batch-factor", type=int, default=1, help="multiply the batch sizes (for a GPU)")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    begin(options)
     pool = LatentPool(Path(options.latents))
     shape = UnetConfig(channels=tuple(options.channels), layers=options.layers, latent_channels=pool.channels)
     sizes = tuple((height, width, count * options.batch_factor) for height, width, count in UnetBatchConfig.sizes)

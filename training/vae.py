@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
-from .command import add_data_argument, add_loop_arguments, loop_config
+from .command import add_data_argument, add_loop_arguments, begin, loop_config
 from .data import CropConfig, Pixels, batch_rng, expand, random_crop, read_pictures
 from .errors import require
 from .loop import Batch, fit, load_ema
@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-factor", type=int, default=1, help="multiply the batch sizes (for a GPU)")
     parser.add_argument("--texture", type=float, default=VaeLossConfig.texture, help="weight of the texture term")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    begin(options)
     shape = VaeConfig(kind=options.kind, width=options.width, latent_channels=options.latent_channels)
     crops = tuple((side, count * options.batch_factor) for side, count in VaeLossConfig.crops)
     losses = VaeLossConfig(crops=crops, texture=options.texture)

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import tiny
+
 from latent_tiles.pipelines.defaults import ModelDefaults
 
 DEFAULTS = ModelDefaults(tile=64, overlap=16, scale=2.0, num_inference_steps=2, guidance_scale=1.0)

@@ -3,11 +3,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from latent_tiles.pipelines.sidecar import file_sha256
 from PIL import Image
 
 from latent_tiles.cli.demo import PHOTOGRAPHS, _photograph
 from latent_tiles.cli.main import main
+from latent_tiles.pipelines.sidecar import file_sha256
 
 Out = pytest.CaptureFixture[str]
 FILES = ["photo_x2.png", "photo_x2.png.json", "photo_x2_comparison.png"]

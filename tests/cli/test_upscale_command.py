@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from latent_tiles.pipelines.sidecar import file_sha256
 from PIL import Image
 
 from latent_tiles.cli.main import main
 from latent_tiles.frames import read_frame
 from latent_tiles.memory.none import NoMemory
+from latent_tiles.pipelines.sidecar import file_sha256
 
 Out = pytest.CaptureFixture[str]
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from latent_tiles.pipelines.attention import select_attention
 
 from latent_tiles.errors import SettingError
+from latent_tiles.pipelines.attention import select_attention
 
 HAS_XFORMERS = importlib.util.find_spec("xformers") is not None
 without_xformers = pytest.mark.skipif(HAS_XFORMERS, reason="xformers is installed")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from latent_tiles.pipelines.defaults import FILE_NAME, ModelDefaults, parse_defaults
-from latent_tiles.pipelines.hosts import host_of, supported_hosts
 
 from latent_tiles import LatentTiledUpscalePipeline, Tiling
 from latent_tiles.errors import DefaultsError
+from latent_tiles.pipelines.defaults import FILE_NAME, ModelDefaults, parse_defaults
+from latent_tiles.pipelines.hosts import host_of, supported_hosts
 
 OWN = {
     "schema": 1,

@@ -9,12 +9,12 @@ import pytest
 import tiny
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from latent_tiles.pipelines.noise_scope import FieldDraws, field_noise, require_keyed_draws
 
 from latent_tiles.denoiser import Clock
 from latent_tiles.errors import NoiseError
 from latent_tiles.geometry import Box
 from latent_tiles.noise import NoiseField
+from latent_tiles.pipelines.noise_scope import FieldDraws, field_noise, require_keyed_draws
 
 FIELD = NoiseField(seeds=(3,))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from latent_tiles.pipelines.patches import patched
 
 

@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from latent_tiles.errors import FrameFileError
+from latent_tiles.frames import Frame, as_picture, read_frame
 from latent_tiles.pipelines.report import GridReport, UpscaleReport
 from latent_tiles.pipelines.sidecar import (
     ModelIdentity,
@@ -20,9 +23,6 @@ from latent_tiles.pipelines.sidecar import (
     write_sidecar,
     write_with_sidecar,
 )
-
-from latent_tiles.errors import FrameFileError
-from latent_tiles.frames import Frame, as_picture, read_frame
 
 REPORT = UpscaleReport(
     host="StableDiffusionImg2ImgPipeline",

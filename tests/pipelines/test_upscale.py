@@ -18,7 +18,6 @@ import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline
-from latent_tiles.pipelines.report import Progress
 from PIL import Image
 from torch import Tensor, nn
 
@@ -36,6 +35,7 @@ from latent_tiles.errors import (
 )
 from latent_tiles.frames import as_picture
 from latent_tiles.noise import NoiseField
+from latent_tiles.pipelines.report import Progress
 
 TILED = Tiling(tile=64, overlap=16)
 ONE_TILE = Tiling(tile=512, overlap=0)
@@ -821,6 +821,10 @@ for bad in (64.0, "64", (64,), (64, 64, 64)):
         Tiling(tile=bad)
 with pytest.raises(TilingError, match="tile_batch must be a whole number; got 1.5"):
     Tiling(tile_batch=1.5)
+with pytest.raises(TilingError, match="tile_batch must be a whole number; got None"):
+    Tiling(tile_batch=None)
+with pytest.raises(TilingError, match="origin must be a pair .height, width. of whole numbers; got 5"):
+    Tiling(origin=5)
 pipe = LatentTiledUpscalePipeline.from_pipe(tiny.host_pipeline("StableDiffusionImg2ImgPipeline"))
 image = torch.rand(1, 3, 64, 64)
 call = dict(num_inference_steps=2, strength=0.7, tiling=tiling)
