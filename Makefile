@@ -66,8 +66,9 @@ wheel: $(VENV)/.dev  ## build the wheel and import it without the checkout
 
 check: lint types layers test notebooks wheel  ## all of the above that must pass
 
-bench: $(VENV)/.test  ## what the tiling machinery costs
+bench: $(VENV)/.test  ## what the tiling machinery and the exact autoencoder cost
 	$(BIN)/python benchmarks/bench_denoise.py
+	$(BIN)/python benchmarks/bench_vae.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -302,6 +302,12 @@ def as_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def default_steps(folder: Path) -> int:
+    """Denoising steps that the model's `latent_tiles.json` asks for, or 8 without one."""
+    path = folder / "latent_tiles.json"
+    return int(json.loads(path.read_text())["num_inference_steps"]) if path.is_file() else 8
+
+
 def _commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -326,7 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size-pictures", type=int, default=12, help="pictures for that comparison")
     parser.add_argument("--frames", type=Path, help="folder of large photographs, for sizes that the crops do not hold")
     parser.add_argument("--scale", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, help="denoising steps (default: what the model's folder says, or 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
@@ -337,7 +343,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model = Model(options.model, steps=options.steps, seed=options.seed, device=options.device)
+    steps = options.steps or default_steps(Path(options.model))
+    model = Model(options.model, steps=steps, seed=options.seed, device=options.device)
     report: dict[str, Any] = {
         "commit": _commit(),
         "device": options.device,
@@ -345,7 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "scale": options.scale,
-        "steps": options.steps,
+        "steps": steps,
         "seed": options.seed,
     }
     crops = read_pictures(options.val) if options.val else []

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from latent_tiles.pipelines.upscale import LatentTiledUpscalePipeline
     from latent_tiles.reference.folder import reference_model
     from latent_tiles.tiling import Tiling
+    from latent_tiles.vae.exact import exact_vae
+    from latent_tiles.vae.options import VaeOptions
+    from latent_tiles.vae.registry import supported_vaes
 
 __version__ = version("latent-tiles")
 
@@ -28,9 +31,12 @@ __all__ = [
     "Size",
     "TileGrid",
     "Tiling",
+    "VaeOptions",
+    "exact_vae",
     "plan_grid",
     "reference_model",
     "supported_families",
+    "supported_vaes",
 ]
 
 _HOMES = {
@@ -41,9 +47,12 @@ _HOMES = {
     "Size": ("geometry", "Size"),
     "TileGrid": ("geometry", "TileGrid"),
     "Tiling": ("tiling", "Tiling"),
+    "VaeOptions": ("vae.options", "VaeOptions"),
+    "exact_vae": ("vae.exact", "exact_vae"),
     "plan_grid": ("geometry", "plan_grid"),
     "reference_model": ("reference.folder", "reference_model"),
     "supported_families": ("families.registry", "supported"),
+    "supported_vaes": ("vae.registry", "supported_vaes"),
 }
 
 

@@ -41,6 +41,26 @@ class UnsupportedHostError(LatentTilesError, ValueError):
     """A diffusers pipeline that cannot act as the host of a tiled call."""
 
 
+class ProgramError(LatentTilesError, ValueError):
+    """A network, or a size of its input, that cannot be run window by window."""
+
+
+class ExecutorError(LatentTilesError, RuntimeError):
+    """A network whose weights are not where the executor can use them."""
+
+
+class BudgetError(LatentTilesError, ValueError):
+    """A budget of memory, disk or time that no plan meets; the message names the smallest that one does."""
+
+
+class SpillError(LatentTilesError, OSError):
+    """A spill folder that cannot take a map."""
+
+
+class VaeError(LatentTilesError, ValueError):
+    """An autoencoder that cannot be run exactly in tiles, or a setting of it that is out of range."""
+
+
 class ImageError(LatentTilesError, ValueError):
     """An image, array or tensor that is not a picture the pipeline can work on."""
 

@@ -19,6 +19,7 @@ from latent_tiles.errors import CanvasError
 from latent_tiles.geometry import Size, TileGrid
 from latent_tiles.memory import build_memory
 from latent_tiles.noise import NoiseField
+from latent_tiles.patches import patched
 from latent_tiles.pipelines.defaults import ModelDefaults
 from latent_tiles.pipelines.hosts import Host
 from latent_tiles.pipelines.job import (
@@ -32,10 +33,10 @@ from latent_tiles.pipelines.job import (
     prepare,
 )
 from latent_tiles.pipelines.noise_scope import field_noise
-from latent_tiles.pipelines.patches import patched
 from latent_tiles.pipelines.report import GridReport, Progress, UpscaleReport, peak_host_mib
 from latent_tiles.pipelines.tiled_model import tiled_forward
 from latent_tiles.pipelines.timing import Stopwatch, Timed
+from latent_tiles.vae.exact import ExactVae, exact_vae
 from latent_tiles.windows import resolve_window
 
 _LOG = logging.getLogger(__name__)
@@ -79,9 +80,13 @@ def upscale(
         clock=clock,
         on_tiles=_progress(pipe, job, clock, request.progress or _tell_nobody),
     )
-    with _installed(pipe, denoiser, noise, watch):
+    image = host_image(job, host)
+    # The autoencoder first, so that noise and watch, which wrap its methods, wrap those that run.
+    with exact_vae(pipe.vae, job.vae) as exact, _installed(pipe, denoiser, noise, watch):
+        if exact is not None:
+            _foresee(exact, job, host, rows=image.shape[0], device=device, decodes=request.output_type != "latent")
         output = call_host(
-            image=host_image(job, host),
+            image=image,
             generator=generator if noise is None else _spare_generator(host),
             output_type="latent" if request.output_type == "latent" else "pt",
             return_dict=True,
@@ -99,11 +104,26 @@ def upscale(
         model_calls=clock.model_calls,
         tiles_run=clock.tiles,
         seconds=watch.finish(),
+        vae=() if exact is None else tuple(exact.reports),
         peak_device_mib=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
         peak_host_mib=peak_host_mib(),
         nsfw=None if nsfw is None else tuple(bool(flag) for flag in nsfw),
     )
     return images, report
+
+
+def _foresee(exact: ExactVae, job: Job, host: Host, *, rows: int, device: torch.device, decodes: bool) -> None:
+    """Plan the whole call's work of the autoencoder before any of it: a budget must not fail after an hour's denoising.
+
+    Raises:
+        BudgetError: one cannot be met.
+    """
+    dtype = torch.float32 if getattr(exact.vae.config, "force_upcast", False) else None
+    if not host.enlarges:
+        exact.plan("encode", *job.padded, rows=rows, device=device, dtype=dtype)
+    if decodes:
+        latents = (length // job.units.pixels_per_latent for length in job.padded)
+        exact.plan("decode", *latents, rows=rows, device=device, dtype=dtype)
 
 
 def _planned(job: Job, canvas: Size) -> TileGrid:

@@ -23,6 +23,7 @@ from latent_tiles.pipelines.defaults import ModelDefaults
 from latent_tiles.pipelines.hosts import Host
 from latent_tiles.pipelines.report import Progress
 from latent_tiles.tiling import LatentUnits, Tiling
+from latent_tiles.vae.options import VaeOptions
 from latent_tiles.windows import check_window, resolve_window
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -44,6 +45,7 @@ class Request:
         seed: one seed, or one for each item of the batch.
         progress: told after every batch of tiles.
         output_type: "pil", "np", "pt" or "latent".
+        vae: how the autoencoder is run.
         arguments: everything else, for the host.
     """
 
@@ -53,6 +55,7 @@ class Request:
     seed: Any
     progress: Callable[[Progress], None] | None
     output_type: str
+    vae: VaeOptions
     arguments: Mapping[str, Any]
 
 
@@ -69,6 +72,7 @@ class Job:
     tiling: Tiling
     grid: TileGrid
     scale: float
+    vae: VaeOptions
     arguments: dict[str, Any]
 
 
@@ -106,6 +110,7 @@ def prepare(pipe: Any, host: Host, defaults: ModelDefaults, call_host: Callable[
         tiling=tiling,
         grid=grid,
         scale=scale,
+        vae=request.vae,
         arguments=arguments,
     )
 
@@ -308,6 +313,7 @@ def effective_settings(job: Job) -> dict[str, Any]:
         "tile_batch": tiling.tile_batch,
         "noise": tiling.noise,
         "origin": tiling.origin,
+        "vae": job.vae.mode,
         **shown,
     }
 

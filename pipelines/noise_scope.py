@@ -21,7 +21,7 @@ from latent_tiles.denoiser import Clock
 from latent_tiles.errors import NoiseError
 from latent_tiles.geometry import Box
 from latent_tiles.noise import NoiseField, Purpose
-from latent_tiles.pipelines.patches import patched
+from latent_tiles.patches import patched
 
 _UNKEYED_DRAWS = frozenset({torch.normal, torch.Tensor.normal_, torch.rand, torch.rand_like})
 

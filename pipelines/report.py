@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from latent_tiles.geometry import TileGrid
+from latent_tiles.vae.report import VaeReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,7 @@ class UpscaleReport:
         model_calls: calls of the denoiser that the host made.
         tiles_run: tiles that went through the model, over all calls.
         seconds: time for "encode", "denoise", "decode" and "total".
+        vae: what each encode and decode cost and measured; empty where the autoencoder was left alone.
         peak_device_mib: peak memory on the accelerator, or None on a CPU.
         peak_host_mib: peak memory of the process so far, or None where the system does not tell.
         nsfw: the host's safety checker's finding for each result, or None.
@@ -97,6 +99,7 @@ class UpscaleReport:
     model_calls: int
     tiles_run: int
     seconds: dict[str, float]
+    vae: tuple[VaeReport, ...]
     peak_device_mib: float | None
     peak_host_mib: float | None
     nsfw: tuple[bool, ...] | None

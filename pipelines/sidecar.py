@@ -109,6 +109,7 @@ def sidecar(
             "model_calls": report.model_calls,
             "tiles_run": report.tiles_run,
             "seconds": report.seconds,
+            "vae": [entry.as_dict() for entry in report.vae],
             "peak_device_mib": report.peak_device_mib,
             "peak_host_mib": report.peak_host_mib,
         },

@@ -11,7 +11,7 @@ from torch import nn
 
 from latent_tiles.denoiser import Denoiser
 from latent_tiles.families import family_of
-from latent_tiles.pipelines.patches import patched
+from latent_tiles.patches import patched
 
 
 @contextmanager

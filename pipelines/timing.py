@@ -13,7 +13,7 @@ import torch
 
 from latent_tiles.denoiser import Denoiser
 from latent_tiles.families import ModelCall
-from latent_tiles.pipelines.patches import patched
+from latent_tiles.patches import patched
 
 
 class Stopwatch:

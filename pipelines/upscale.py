@@ -25,6 +25,7 @@ from latent_tiles.pipelines.hosts import HOST_NAMES, Host, host_of
 from latent_tiles.pipelines.job import Request
 from latent_tiles.pipelines.report import Progress, UpscaleReport
 from latent_tiles.tiling import Tiling
+from latent_tiles.vae.options import VaeOptions
 
 _KEEPS_DTYPES: ContextVar[bool] = ContextVar("keeps_dtypes", default=False)
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
@@ -192,6 +193,7 @@ def _tiled_call(base: Any) -> Callable[..., Any]:
         tiling: Tiling | None = None,
         seed: int | Sequence[int] | None = None,
         progress: Callable[[Progress], None] | None = None,
+        vae_options: VaeOptions | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         **host_arguments: Any,
@@ -207,6 +209,7 @@ def _tiled_call(base: Any) -> Callable[..., Any]:
             tiling: how the frame is cut; what it leaves open comes from the model's defaults.
             seed: one seed, or one for each result. None: drawn, and told in the report.
             progress: called after every batch of tiles.
+            vae_options: how the autoencoder is run, and within which budgets; exactly, in tiles, by default.
             output_type: "pil", "np", "pt" or "latent" (of the padded frame).
             return_dict: False gives a tuple (images, report).
             **host_arguments: every other argument of the host's call.
@@ -224,6 +227,7 @@ def _tiled_call(base: Any) -> Callable[..., Any]:
             seed=seed,
             progress=progress,
             output_type=output_type,
+            vae=vae_options or VaeOptions(),
             arguments={"prompt": prompt, **host_arguments},
         )
         images, report = upscale(self, self._host, self.tile_defaults, functools.partial(host_call, self), request)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latent_tiles.tiling import Tiling
+    from latent_tiles.vae.options import VaeOptions
 
 _SEED_LIMIT = 2**64
 _MODEL_DEFAULT = "default: the model's"
@@ -119,6 +120,44 @@ def add_tiling_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_vae_options(parser: argparse.ArgumentParser) -> None:
+    """How the autoencoder is run, and within which budgets."""
+    group = parser.add_argument_group("autoencoder (sizes such as 800MiB or 8GiB)")
+    group.add_argument(
+        "--vae",
+        choices=("exact", "sampled", "stock"),
+        default="exact",
+        help="exact: in tiles, equal to one untiled pass; sampled: with statistics from parts of the frame, for little "
+        "memory; stock: untiled (default: exact)",
+    )
+    group.add_argument(
+        "--vae-tile", type=whole(16), metavar="PX", help="side of its tiles; the result is the same (default: chosen)"
+    )
+    group.add_argument(
+        "--device-budget", type=size_mib, metavar="SIZE", help="what its tiles may take on the device (default: chosen)"
+    )
+    group.add_argument(
+        "--ram-budget",
+        type=size_mib,
+        metavar="SIZE",
+        help="what its intermediate maps may take in memory; less is slower (default: half of what is free)",
+    )
+    group.add_argument(
+        "--spill-budget",
+        type=size_mib,
+        default=0.0,
+        metavar="SIZE",
+        help="what those maps may take on disk where memory does not suffice (default: 0, nothing)",
+    )
+    group.add_argument("--spill-dir", type=path, metavar="FOLDER", help="where (default: the temporary folder)")
+    group.add_argument(
+        "--attention-keys",
+        type=whole(1),
+        metavar="N",
+        help="let its attention see at most so many places of the frame; the error is measured (default: all)",
+    )
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """What becomes of the files and the terminal."""
     group = parser.add_argument_group("output")
@@ -149,6 +188,25 @@ def tiling_of(arguments: argparse.Namespace) -> Tiling:
     )
 
 
+def vae_options_of(arguments: argparse.Namespace) -> VaeOptions:
+    """How the options want the autoencoder run.
+
+    Raises:
+        VaeError: a value out of range, or no such folder.
+    """
+    from latent_tiles.vae.options import VaeOptions
+
+    return VaeOptions(
+        mode=arguments.vae,
+        tile=arguments.vae_tile,
+        device_budget_mib=arguments.device_budget,
+        ram_budget_mib=arguments.ram_budget,
+        spill_budget_mib=arguments.spill_budget,
+        spill_dir=arguments.spill_dir,
+        attention_keys=arguments.attention_keys,
+    )
+
+
 def host_arguments_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Arguments for the host's call, under the names diffusers gives them; those left out are None."""
     return {
@@ -176,6 +234,22 @@ def pixels(text: str) -> int | tuple[int, int]:
         raise argparse.ArgumentTypeError(f"expected pixels such as 512, or HEIGHTxWIDTH such as 512x768, got {text!r}")
     numbers = [int(part) for part in parts]
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+_UNITS = {"k": 2**-10, "m": 1.0, "g": 2.0**10, "t": 2.0**20}
+
+
+def size_mib(text: str) -> float:
+    """`800MiB`, `8GiB` or `1.5g`, in MiB."""
+    number = text.lower().removesuffix("ib").removesuffix("b")
+    if number[-1:] in _UNITS:
+        try:
+            value = float(number[:-1]) * _UNITS[number[-1]]
+        except ValueError:
+            value = -1.0
+        if 0 <= value < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"expected a size such as 800MiB or 8GiB, got {text!r}")
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:

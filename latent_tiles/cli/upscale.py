@@ -30,6 +30,7 @@ def add_command(commands: Any) -> None:
     options.add_model_options(parser)
     options.add_sampling_options(parser)
     options.add_tiling_options(parser)
+    options.add_vae_options(parser)
     options.add_output_options(parser)
     parser.set_defaults(run=run)
 
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_writable(target, size=size, alpha=alpha, overwrite=arguments.overwrite)
 
     check_target(1 if arguments.scale is None else arguments.scale)
-    tiling = options.tiling_of(arguments)
+    tiling, vae_options = options.tiling_of(arguments), options.vae_options_of(arguments)
     device = resolve_device(arguments.device)
     with quiet_libraries():
         from latent_tiles.pipelines.sidecar import Source, check_sidecar, sidecar, sidecar_path, write_with_sidecar
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             image=frame.picture.to_channels(),
             scale=scale,
             seed=seed,
-            arguments={"tiling": tiling, **options.host_arguments_of(arguments)},
+            arguments={"tiling": tiling, "vae_options": vae_options, **options.host_arguments_of(arguments)},
         )
         content = sidecar(report, command="upscale", model=loaded.identity, source=origin, runtime=loaded.runtime)
     with writing():

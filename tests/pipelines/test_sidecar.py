@@ -34,6 +34,7 @@ REPORT = UpscaleReport(
     model_calls=3,
     tiles_run=6,
     seconds={"encode": 0.1, "denoise": 0.2, "decode": 0.3, "total": 0.7},
+    vae=(),
     peak_device_mib=None,
     peak_host_mib=512.0,
     nsfw=None,

@@ -21,9 +21,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from latent_tiles import LatentTiledUpscalePipeline, Tiling
+from latent_tiles import LatentTiledUpscalePipeline, Tiling, VaeOptions
 from latent_tiles.denoiser import TiledDenoiser
 from latent_tiles.errors import (
+    BudgetError,
     ImageError,
     MemoryStrategyError,
     ModelFolderError,
@@ -109,12 +110,35 @@ def test_one_tile_is_bit_equal_to_the_unhooked_host(host: str, guidance: float, 
         image = as_picture(image).export("pil")[0]
     same = {"prompt": "a b", "num_inference_steps": STEPS, "guidance_scale": guidance, **OWN[host]}
     expected = stock(image=image, generator=torch.Generator().manual_seed(3), output_type="pt", **same).images
-    tiling = Tiling(tile=512, overlap=0, noise="host")
-    out = tiled(host)(
-        image, scale=FACTOR[host], tiling=tiling, generator=torch.Generator().manual_seed(3), output_type="pt", **same
-    )
-    assert out.report.grid.tiles == 1
-    assert torch.equal(out.images, expected)
+    pipe, given = tiled(host), {"scale": FACTOR[host], "tiling": Tiling(tile=512, overlap=0, noise="host"), **same}
+    results = {
+        mode: pipe(
+            image,
+            generator=torch.Generator().manual_seed(3),
+            output_type="pt",
+            vae_options=VaeOptions(mode=mode),
+            **given,
+        )
+        for mode in ("stock", "exact")
+    }
+    assert results["stock"].report.grid.tiles == 1
+    assert torch.equal(results["stock"].images, expected)
+    # By windows, sums are taken in another order.
+    assert float((results["exact"].images - expected).abs().max()) < 1e-4
+    assert results["stock"].report.vae == ()
+    directions = [entry.plan.direction for entry in results["exact"].report.vae]
+    assert directions == (["decode"] if host == "StableDiffusionUpscalePipeline" else ["encode", "decode"])
+
+
+def test_a_budget_that_cannot_be_met_is_refused_before_any_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiled("StableDiffusionImg2ImgPipeline")
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model ran")
+
+    monkeypatch.setattr(pipe, "encode_prompt", never)
+    with pytest.raises(BudgetError, match=r"give device_budget_mib >= \d+"):
+        pipe(source_for("StableDiffusionImg2ImgPipeline"), scale=1, vae_options=VaeOptions(device_budget_mib=0.01))
 
 
 def test_one_tile_with_field_noise_does_not_depend_on_the_hooks_window_or_batch(pipe: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from latent_tiles.pipelines.patches import patched
+from latent_tiles.patches import patched
 
 
 class Thing:
