@@ -48,6 +48,8 @@ class Budget:
         disk_bytes: what kept maps may take on disk.
         seconds: how long it may be predicted to take; None for no limit.
         window_values: most values of one tensor in a window; None for what `window_bytes` allows.
+        wide_window_values: the same where layers are run one after another between kept maps, so that their borders add
+            up; None for `window_values`.
     """
 
     window_bytes: int
@@ -56,6 +58,7 @@ class Budget:
     disk_bytes: int
     seconds: float | None = None
     window_values: int | None = None
+    wide_window_values: int | None = None
     kernel_share: float = 1.0
 
 
@@ -64,7 +67,8 @@ class Plan:
     """How a program is run, and what that costs.
 
     Args:
-        keeps: which maps are kept between passes, in a word: "all", "blocks", "blocks, then stages", "stages", "small".
+        keeps: which maps are kept between passes, in a word: "all", "blocks and
+            layers", "blocks", "blocks, then stages", "stages", "small".
         passes: the passes, in order.
         sides: the longest side of a window of each pass.
         places: where each kept map lies.
@@ -132,15 +136,17 @@ def choices(work: Work) -> Iterator[tuple[str, frozenset[int]]]:
     if work.sampled:
         yield "small", small
         return
+    layers = frozenset(index for index in inner if nodes[index].mark >= Mark.LAYER)
     blocks = frozenset(index for index in inner if nodes[index].mark >= Mark.BLOCK)
     stages = frozenset(index for index in inner if nodes[index].mark >= Mark.STAGE)
     coarse = frozenset(index for index in inner if work.sizes[index].area * 4 < widest)
     seen = set[frozenset[int]]()
     for name, kept in (
         ("all", barriers),
+        ("blocks and layers", small | layers),
         ("blocks", small | blocks),
         ("blocks, then stages", small | (blocks & coarse) | stages),
-        ("stages", small | stages),
+        ("stages", small | frozenset(index for index in stages if work.sizes[index].area < widest)),
         ("small", small),
     ):
         # What comes after the last barrier needs no keeping.
@@ -231,7 +237,9 @@ def _order(work: Work, sweeps: Sequence[Pass]) -> list[tuple[int | None, tuple[i
     ]
 
 
-def fit_windows(work: Work, sweeps: Sequence[Pass], budget: Budget) -> tuple[tuple[int, ...], int, int]:
+def fit_windows(
+    work: Work, sweeps: Sequence[Pass], budget: Budget, *, wide: bool = False
+) -> tuple[tuple[int, ...], int, int]:
     """The longest sides of windows, and the keys at a time, that keep windows within their budget.
 
     Returns:
@@ -240,7 +248,7 @@ def fit_windows(work: Work, sweeps: Sequence[Pass], budget: Budget) -> tuple[tup
     Raises:
         BudgetError: not even the smallest windows do.
     """
-    limit = budget.window_values
+    limit = (budget.wide_window_values if wide else None) or budget.window_values
     if limit is None:
         limit = max(_LEAST_WINDOW_VALUES, budget.window_bytes // (work.rows * work.itemsize))
     while True:
@@ -293,7 +301,8 @@ def _costed(
     budget: Budget,
     speed: Speed,
 ) -> Plan:
-    sides, chunk, taken = fit_windows(work, sweeps, budget)
+    wide = name != "all" or not work.program.statistics
+    sides, chunk, taken = fit_windows(work, sweeps, budget, wide=wide)
     costs = [
         pass_cost(work.program, sweep, work.sizes, side, work.keys) for sweep, side in zip(sweeps, sides, strict=True)
     ]

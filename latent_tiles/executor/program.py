@@ -33,8 +33,9 @@ class Mark(enum.IntEnum):
     """How good a place a layer's output is to be kept while later ones are computed anew from it."""
 
     NONE = 0
-    BLOCK = 1
-    STAGE = 2
+    LAYER = 1
+    BLOCK = 2
+    STAGE = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Node:
         maps: nodes that it reads whole: keys and values.
         statistic: index of the pooled statistic that it needs.
         channels: channels of its output.
-        mark: whether a block or a stage of the network ends here.
+        mark: whether a costly layer, a block or a stage of the network ends here.
     """
 
     op: Op | None

@@ -110,7 +110,7 @@ def place_maps(
     places: dict[int, Place] = {}
     for made, dropped in order:
         if made is not None:
-            place = next((entry for entry in room if used[entry] + sizes[made] <= room[entry]), None)
+            place: Place | None = next((entry for entry in room if used[entry] + sizes[made] <= room[entry]), None)
             if place is None:
                 return None
             places[made] = place

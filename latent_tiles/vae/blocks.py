@@ -110,9 +110,8 @@ def attention(build: ProgramBuilder, x: int, block: Any, *, latents: tuple[int, 
         fused = build.linear(h, dict(block.named_children())["to_qkv"], channels=3 * inner)
         queries, keys, values = (chunk(build, fused, index, 3) for index in range(3))
     else:
-        queries, keys, values = (
-            build.linear(h, layer, channels=inner) for layer in (block.to_q, block.to_k, block.to_v)
-        )
+        layers: tuple[Any, ...] = (block.to_q, block.to_k, block.to_v)
+        queries, keys, values = (build.linear(h, layer, channels=inner) for layer in layers)
     h = build.attention(queries, keys, values, heads=int(block.heads))
     h = build.linear(h, block.to_out[0], channels=channels)
     divisor = float(block.rescale_output_factor)
@@ -146,7 +145,7 @@ def upsample(build: ProgramBuilder, x: int, block: Any) -> int:
     x = build.upsample(x)
     if not block.use_conv:
         return x
-    return build.convolution(x, block.conv if block.name == "conv" else block.Conv2d_0)
+    return build.mark(build.convolution(x, block.conv if block.name == "conv" else block.Conv2d_0), Mark.LAYER)
 
 
 def middle(build: ProgramBuilder, x: int, block: Any, *, latents: tuple[int, int] | None = None) -> int:

@@ -13,8 +13,10 @@ _MIB = 2**20
 _CPU_WINDOW_VALUES = 3 * 2**20
 """12 MiB of float32 a tensor: above that the allocator maps fresh pages for each one, which takes longer than most
 layers need to fill them; below it the borders of windows cost more."""
-_ONE_PASS = 4
-"""So many times as many where all layers are run in one pass: their borders add up and weigh more than the pages."""
+_WIDE = 4
+"""So many times as many where layers are run one after another: their borders add up and weigh more than the pages."""
+_CPU_WINDOWS_BYTES = 2**31
+"""More than this helps no CPU, and the rest of the memory has better uses."""
 _GPU_WINDOW_VALUES = 2**27
 _KERNEL_SHARE = {"cpu": 2.5}
 """Measured by benchmarks/bench_vae.py: oneDNN's packed copies of a layer's input, weights and output."""
@@ -34,15 +36,16 @@ def budget_of(options: VaeOptions, work: Work, device: torch.device, *, window_v
     host = _free_memory() * _SHARE_OF_FREE_MEMORY if options.ram_budget_mib is None else options.ram_budget_mib * _MIB
     on_cpu = device.type == "cpu"
     values = window_values or _window_values(options, work)
+    wide = values
     if values is None:
         values = _CPU_WINDOW_VALUES if on_cpu else _GPU_WINDOW_VALUES
-        values *= 1 if work.program.statistics or work.program.attends else _ONE_PASS
+        wide = _WIDE * values
     if options.device_budget_mib is not None:
         total = int(options.device_budget_mib * _MIB)
     elif device.type == "cuda":
         total = int(torch.cuda.mem_get_info(device)[0] * _SHARE_OF_FREE_DEVICE)
     else:
-        total = int(_free_memory() * _SHARE_OF_FREE_MEMORY)
+        total = min(_CPU_WINDOWS_BYTES, int(_free_memory() * _SHARE_OF_FREE_MEMORY))
 
     def budget(window_bytes: int) -> Budget:
         return Budget(
@@ -52,6 +55,7 @@ def budget_of(options: VaeOptions, work: Work, device: torch.device, *, window_v
             disk_bytes=int(options.spill_budget_mib * _MIB),
             seconds=options.time_budget_s,
             window_values=values,
+            wide_window_values=wide,
             kernel_share=_KERNEL_SHARE.get(device.type, 1.25),
         )
 

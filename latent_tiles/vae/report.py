@@ -24,7 +24,8 @@ class VaePlan:
         mode: "exact" or "sampled".
         input_size: height and width of the image or the latents.
         output_size: height and width of what comes out.
-        keeps: which maps are kept between passes: "all", "blocks", "blocks, then stages", "stages", "small" or "none".
+        keeps: which maps are kept between passes: "all", "blocks and layers", "blocks",
+            "blocks, then stages", "stages", "small" or "none".
         passes: sweeps over a whole map.
         windows: windows in all passes.
         window_px: longest side of a window of the largest map.

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from latent_tiles.cli.main import main
+from latent_tiles.cli.options import size_mib
 from latent_tiles.frames import read_frame
 from latent_tiles.memory.none import NoMemory
 from latent_tiles.pipelines.sidecar import file_sha256
@@ -301,3 +302,51 @@ def test_a_disk_that_fails_is_a_failed_run(
     assert main(["upscale", str(photo), str(photo.with_name("o.png")), "--model", model, "--quiet"]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert names(photo.parent) == ["photo.png"]
+
+
+def test_the_autoencoders_tiles_and_budgets_change_nothing_but_the_plan(
+    photo: Path, model: str, tmp_path: Path, capsys: Out
+) -> None:
+    results = list[Any]()
+    folder = tmp_path / "spill"
+    folder.mkdir()
+    for name, extra in (
+        ("a.png", ()),
+        ("b.png", ("--vae-tile", "16", "--ram-budget", "0k", "--spill-budget", "64MiB", "--spill-dir", str(folder))),
+        ("c.png", ("--vae", "stock")),
+    ):
+        target = photo.with_name(name)
+        given = ["upscale", str(photo), str(target), "--model", model, "--seed", "7", "--json", *extra]
+        assert main(given) == 0
+        results.append((read_frame(target).picture.rgb, json.loads(capsys.readouterr().out)))
+    (exact, told), (spilled, spilled_told), (stock, stock_told) = results
+    # One 8-bit level where rounding to it falls on the other side.
+    assert float((exact - spilled).abs().max()) <= 1.01 / 255
+    assert float((exact - stock).abs().max()) <= 1.01 / 255
+    assert [entry["plan"]["spill_mib"] > 0 for entry in spilled_told["run"]["vae"]] == [True, True]
+    assert [entry["plan"]["direction"] for entry in told["run"]["vae"]] == ["encode", "decode"]
+    assert stock_told["run"]["vae"] == []
+    assert (told["settings"]["vae"], stock_told["settings"]["vae"]) == ("exact", "stock")
+    assert list(folder.iterdir()) == []
+
+
+def test_budgets_that_cannot_be_met_leave_nothing(photo: Path, model: str, capsys: Out) -> None:
+    target = photo.with_name("large.png")
+    refused(capsys, "give device_budget_mib >=", photo, target, "--model", model, "--device-budget", "1KiB")
+    refused(capsys, "is not a folder", photo, target, "--model", model, "--spill-dir", photo.with_name("none"))
+    assert names(photo.parent) == ["photo.png"]
+
+
+@pytest.mark.parametrize("text", ["8", "GiB", "-1MiB", "8XiB", "infGiB", ""])
+def test_sizes_that_are_none_are_refused(text: str, capsys: Out) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["upscale", "in.png", "out.png", f"--ram-budget={text}"])
+    assert caught.value.code == 2
+    assert "expected a size such as 800MiB or 8GiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "mib"), [("800MiB", 800), ("8GiB", 8192), ("1.5g", 1536), ("512K", 0.5), ("1TB", 2**20)]
+)
+def test_sizes_are_read_in_binary_units(text: str, mib: float) -> None:
+    assert size_mib(text) == mib
