@@ -328,7 +328,11 @@ def ways_for(vae: Any, size: Size, factor: int, direction: str, options: argpars
         ways.append(Way(name=f"exact, {keys} of {positions} keys", settings=tile | {"attention_keys": keys}))
     own = stock_tile(vae, min(size), factor)
     ways.append(Way(name=f"enable_tiling, {own} px", stock_tile=own))
-    return ways
+    return [way for way in ways if options.ways is None or way in (UNTILED, *ways[1:2]) or _chosen(way, options.ways)]
+
+
+def _chosen(way: Way, names: list[str]) -> bool:
+    return any(way.name.startswith(name) for name in names)
 
 
 # Measuring
@@ -1030,6 +1034,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tile", type=int, help="of the exact ways in part 1; as exact_vae chooses by default")
     parser.add_argument("--ram-shares", type=float, nargs="*", default=[0.5], help="of the maps, to recompute the rest")
     parser.add_argument("--key-divisor", type=int, default=16, help="attend to one in so many positions")
+    parser.add_argument(
+        "--ways", nargs="*", help="only untiled, exact, and those whose names begin with these, in part 1"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds at most")
     parser.add_argument("--patience", type=float, default=16, help="seconds for the untiled passes of all rounds")
     parser.add_argument("--beyond", type=float, nargs="*", help="megapixels; 1 4 16 40 if none are given")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from latent_tiles.families.registry import supported as supported_families
     from latent_tiles.geometry import Box, Size, TileGrid, plan_grid
     from latent_tiles.noise import NoiseField
+    from latent_tiles.pipelines.latent_tiling import latent_tiling
     from latent_tiles.pipelines.upscale import LatentTiledUpscalePipeline
     from latent_tiles.reference.folder import reference_model
     from latent_tiles.tiling import Tiling
@@ -33,6 +34,7 @@ __all__ = [
     "Tiling",
     "VaeOptions",
     "exact_vae",
+    "latent_tiling",
     "plan_grid",
     "reference_model",
     "supported_families",
@@ -49,6 +51,7 @@ _HOMES = {
     "Tiling": ("tiling", "Tiling"),
     "VaeOptions": ("vae.options", "VaeOptions"),
     "exact_vae": ("vae.exact", "exact_vae"),
+    "latent_tiling": ("pipelines.latent_tiling", "latent_tiling"),
     "plan_grid": ("geometry", "plan_grid"),
     "reference_model": ("reference.folder", "reference_model"),
     "supported_families": ("families.registry", "supported"),

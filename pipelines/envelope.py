@@ -82,7 +82,7 @@ def upscale(
     )
     image = host_image(job, host)
     # The autoencoder first, so that noise and watch, which wrap its methods, wrap those that run.
-    with exact_vae(pipe.vae, job.vae) as exact, _installed(pipe, denoiser, noise, watch):
+    with exact_vae(pipe.vae, job.vae) as exact, installed(pipe, denoiser, noise, watch):
         if exact is not None:
             _foresee(exact, job, host, rows=image.shape[0], device=device, decodes=request.output_type != "latent")
         output = call_host(
@@ -139,7 +139,7 @@ def _spare_generator(host: Host) -> torch.Generator | None:
 
 
 @contextmanager
-def _installed(
+def installed(
     pipe: Any, denoiser: TiledDenoiser, noise: NoiseField | None, watch: Stopwatch
 ) -> Generator[None, None, None]:
     """Everything that is replaced for the length of a call; left in reverse order, also when the call raises."""

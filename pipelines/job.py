@@ -270,7 +270,7 @@ def noise_of(job: Job, request: Request) -> tuple[NoiseField | None, tuple[int, 
         return None, tuple(given), generators if len(generators) > 1 else generators[0]
     if given is None:
         generators = generator if isinstance(generator, list) else [generator]
-        given = [_draw_seed(source) for source in generators]
+        given = [draw_seed(source) for source in generators]
     return NoiseField(seeds=tuple(given), origin=job.units.origin(job.tiling)), tuple(given), None
 
 
@@ -278,7 +278,7 @@ def _seeds(seed: Any) -> list[int]:
     return [check_seed(one) for one in (seed if isinstance(seed, list | tuple) else [seed])]
 
 
-def _draw_seed(generator: torch.Generator | None) -> int:
+def draw_seed(generator: torch.Generator | None) -> int:
     """A seed from a generator, so that a second call with it differs from the first, as callers of diffusers expect.
 
     Without one, from torch's global generator, as in diffusers: `torch.manual_seed` fixes the result, and without that
