@@ -110,7 +110,7 @@ class TiledDenoiser:
     def _fuse(self, call: ModelCall, plan: TilePlan) -> Tensor:
         noisy, memory = call.noisy, self.memory
         memory.begin(self._step(call, plan))
-        canvas = TileCanvas(rows=noisy.shape[0], channels=noisy.shape[1], size=call.canvas, device=noisy.device)
+        canvas: TileCanvas | None = None
         # Sums of floats depend on their order: tiles are added in the grid's, whatever the order they ran in.
         waiting: dict[int, Tensor] = {}
         upcoming = 0
@@ -123,10 +123,16 @@ class TiledDenoiser:
                 for index, tile, view, prediction in zip(batch, own, seen, predictions, strict=True):
                     waiting[index] = memory.decide(index, noisy=tile, seen=view, prediction=prediction)
                 while upcoming in waiting:
-                    canvas.add(plan.grid[upcoming], waiting.pop(upcoming), plan.weights[upcoming])
+                    decided = waiting.pop(upcoming)
+                    if canvas is None:
+                        # A model may predict more than the noise: a variance behind it.
+                        rows, channels = decided.shape[:2]
+                        canvas = TileCanvas(rows=rows, channels=channels, size=call.canvas, device=noisy.device)
+                    canvas.add(plan.grid[upcoming], decided, plan.weights[upcoming])
                     upcoming += 1
                 self._count(len(batch))
             memory.end_tick()
+        assert canvas is not None  # every grid has a tile
         return canvas.finish()
 
     def _plan(self, call: ModelCall) -> TilePlan:

@@ -34,7 +34,7 @@ from latent_tiles.pipelines.job import (
 )
 from latent_tiles.pipelines.noise_scope import field_noise
 from latent_tiles.pipelines.report import GridReport, Progress, UpscaleReport, peak_host_mib
-from latent_tiles.pipelines.tiled_model import tiled_forward
+from latent_tiles.pipelines.tiled_model import denoiser_of, tiled_forward
 from latent_tiles.pipelines.timing import Stopwatch, Timed
 from latent_tiles.vae.exact import ExactVae, exact_vae
 from latent_tiles.windows import resolve_window
@@ -159,7 +159,7 @@ def installed(
         stack.enter_context(patched(pipe.scheduler, "step", step))
         if noise is not None:
             stack.enter_context(field_noise(pipe, noise, clock))
-        stack.enter_context(tiled_forward(pipe.unet, Timed(denoiser=denoiser, watch=watch)))
+        stack.enter_context(tiled_forward(denoiser_of(pipe), Timed(denoiser=denoiser, watch=watch)))
         yield
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from latent_tiles.errors import UnsupportedHostError
+from latent_tiles.families import family_of
 from latent_tiles.geometry import Size
 from latent_tiles.pipelines.defaults import ModelDefaults, for_tile
+from latent_tiles.pipelines.tiled_model import denoiser_of, inner_of
 from latent_tiles.tiling import LatentUnits
 
 Arguments = Mapping[str, Any]
@@ -42,10 +44,10 @@ class Host:
 
     def units(self, pipe: Any) -> LatentUnits:
         """Pixels per latent of this pipeline's VAE, and what its U-Net needs tiles to be multiples of."""
-        levels, factor = len(pipe.unet.config.block_out_channels), int(pipe.vae_scale_factor)
+        inner, factor = inner_of(denoiser_of(pipe)), int(pipe.vae_scale_factor)
         return LatentUnits(
             pixels_per_latent=factor,
-            multiple_of=2 ** (levels - 1),
+            multiple_of=family_of(inner).multiple_of(inner),
             # A host that enlarges cuts its small image to whole multiples of the factor.
             canvas_multiple_of=factor if self.enlarges else 1,
         )

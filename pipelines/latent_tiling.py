@@ -12,17 +12,19 @@ from typing import Any
 import torch
 
 from latent_tiles.denoiser import Clock, TiledDenoiser
-from latent_tiles.errors import FamilyError, SettingError, UnsupportedHostError
+from latent_tiles.errors import SettingError, UnsupportedHostError
 from latent_tiles.families import family_of
-from latent_tiles.geometry import Size, TileGrid
+from latent_tiles.geometry import Size, TileGrid, as_size
 from latent_tiles.memory import build_memory
 from latent_tiles.noise import NoiseField, check_seed
 from latent_tiles.parameterisation import require_levels
+from latent_tiles.patches import patched
 from latent_tiles.pipelines.defaults import ModelDefaults, for_tile
 from latent_tiles.pipelines.envelope import installed
 from latent_tiles.pipelines.hosts import HOST_NAMES, host_of
 from latent_tiles.pipelines.job import draw_seed
 from latent_tiles.pipelines.report import GridReport
+from latent_tiles.pipelines.tiled_model import denoiser_of, inner_of
 from latent_tiles.pipelines.timing import Stopwatch
 from latent_tiles.pipelines.upscale import LatentTiledUpscalePipeline
 from latent_tiles.tiling import LatentUnits, Tiling
@@ -32,6 +34,7 @@ from latent_tiles.vae.report import VaeReport
 from latent_tiles.windows import check_window, resolve_window
 
 _DEFAULTS = ModelDefaults(tile=512, overlap=64)
+_BINNING = "use_resolution_binning"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,14 @@ class TilingSession:
             branches=lambda: _branches(self.pipe, arguments),
             clock=clock,
         )
-        with exact_vae(self.pipe.vae, self.vae_options) as exact, installed(self.pipe, denoiser, noise, watch):
+        if _BINNING in arguments and _BINNING not in kwargs:
+            # Else the host draws at the nearest size of its training, which is what tiles are for, and enlarges that.
+            kwargs = {**kwargs, _BINNING: False}
+        with (
+            exact_vae(self.pipe.vae, self.vae_options) as exact,
+            installed(self.pipe, denoiser, noise, watch),
+            shifted_for_tile(self.pipe, self._tile_tokens, given=arguments.get("mu")),
+        ):
             result = call(*args, **kwargs)
         self.reports.append(
             TilingReport(
@@ -118,6 +128,13 @@ class TilingSession:
             )
         )
         return result
+
+    @property
+    def _tile_tokens(self) -> int:
+        """Tokens of a tile, where the denoiser is a transformer."""
+        patch_px = self.units.pixels_per_latent * self.units.multiple_of
+        height, width = as_size(self.tiling.tile or 0)
+        return (height // patch_px) * (width // patch_px)
 
     def _planned(self, canvas: Size, grids: list[TileGrid]) -> TileGrid:
         grid = self.units.grid(canvas, self.tiling)
@@ -142,6 +159,10 @@ class TilingSession:
         if arguments.get("latents") is not None:
             raise SettingError(f"memory {name!r} needs the noise that the run starts from; leave out latents")
         require_levels(self.pipe.scheduler)
+        known = any(kind.__name__ in HOST_NAMES for kind in type(self.pipe).__mro__)
+        if not known and not hasattr(type(self.pipe), "do_classifier_free_guidance"):
+            msg = f"memory {name!r} needs the weights of the guidance branches, which {type(self.pipe).__name__} keeps "
+            raise SettingError(msg + "to itself; use memory='none'")
 
     def _seeds(self, generator: Any) -> tuple[int, ...] | None:
         if self.tiling.noise == "host":
@@ -217,25 +238,52 @@ def _listed(seed: int | list[int] | tuple[int, ...]) -> list[int] | tuple[int, .
 
 
 def _units(pipe: Any) -> LatentUnits:
-    unet = getattr(pipe, "unet", None)
-    if unet is None:
-        other = getattr(pipe, "transformer", None)
-        if other is None:
-            raise UnsupportedHostError(f"{type(pipe).__name__} has neither a U-Net nor a transformer to tile")
-        family_of(other)
-        raise FamilyError(f"{type(other).__name__} is supported only as a pipeline's U-Net")
+    inner = inner_of(denoiser_of(pipe))
+    family = family_of(inner)
     if getattr(pipe, "vae", None) is None:
         raise UnsupportedHostError(f"{type(pipe).__name__} has no autoencoder; only latent canvases are tiled")
-    inner: Any = getattr(unet, "_orig_mod", unet)
-    family_of(inner)
-    levels = len(inner.config.block_out_channels)
-    return LatentUnits(pixels_per_latent=int(pipe.vae_scale_factor), multiple_of=2 ** (levels - 1))
+    return LatentUnits(pixels_per_latent=int(pipe.vae_scale_factor), multiple_of=family.multiple_of(inner))
 
 
 def _resolved(pipe: Any, units: LatentUnits, tiling: Tiling) -> Tiling:
-    side: Any = getattr(pipe.unet, "_orig_mod", pipe.unet).config.sample_size
+    side: Any = inner_of(denoiser_of(pipe)).config.sample_size
     defaults = for_tile(_DEFAULTS, side * units.pixels_per_latent if isinstance(side, int) else None)
     return units.resolve(tiling, tile=defaults.tile, overlap=defaults.overlap, memory=defaults.memory)
+
+
+@contextmanager
+def shifted_for_tile(pipe: Any, tokens: int, *, given: float | None) -> Generator[None, None, None]:
+    """Within the block, a flow scheduler shifts its timesteps for a tile, and not for the canvas.
+
+    The shift grows with the number of tokens that the model sees at once. That is a tile's, however large the canvas:
+    extrapolated to the canvas of a large frame it presses all noise levels together near the top.
+
+    Args:
+        pipe: the pipeline.
+        tokens: of a tile.
+        given: the caller's own shift, which is left alone.
+
+    Source:
+        Esser et al., "Scaling Rectified Flow Transformers" (arXiv 2403.03206), section 5.3.2, as linear interpolation
+        over tokens in diffusers' `calculate_shift`; a canvas smaller than a tile keeps its own.
+    """
+    scheduler = pipe.scheduler
+    if given is not None or not scheduler.config.get("use_dynamic_shifting", False):
+        yield
+        return
+    original, config = scheduler.set_timesteps, scheduler.config
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    own = low + (high - low) * (tokens - few) / (many - few)
+
+    @functools.wraps(original)
+    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("mu") is not None:
+            kwargs["mu"] = min(kwargs["mu"], own)
+        return original(*args, **kwargs)
+
+    with patched(scheduler, "set_timesteps", set_timesteps):
+        yield
 
 
 def _branches(pipe: Any, arguments: Mapping[str, Any]) -> tuple[float, ...]:

@@ -10,8 +10,27 @@ from typing import Any
 from torch import nn
 
 from latent_tiles.denoiser import Denoiser
+from latent_tiles.errors import UnsupportedHostError
 from latent_tiles.families import family_of
 from latent_tiles.patches import patched
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """A pipeline's denoiser, whatever compiles it.
+
+    Raises:
+        UnsupportedHostError: it has none that could be cut into tiles.
+    """
+    module = getattr(pipe, "unet", None)
+    module = getattr(pipe, "transformer", None) if module is None else module
+    if module is None:
+        raise UnsupportedHostError(f"{type(pipe).__name__} has neither a U-Net nor a transformer to tile")
+    return module
+
+
+def inner_of(module: Any) -> Any:
+    """The module itself, where torch.compile has wrapped it."""
+    return getattr(module, "_orig_mod", module)
 
 
 @contextmanager
@@ -25,7 +44,7 @@ def tiled_forward(module: nn.Module, denoiser: Denoiser) -> Generator[None, None
     Raises:
         FamilyError: the model's class cannot be tiled.
     """
-    inner: nn.Module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+    inner: nn.Module = inner_of(module)
     family = family_of(inner)
     original = module.forward
 

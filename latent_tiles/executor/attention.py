@@ -40,14 +40,16 @@ class KeyValues:
     @cached_property
     def whole(self) -> tuple[Tensor, Tensor]:
         """All keys and values that are attended to, as (rows, tokens, channels), on the device."""
-        if self.picked is None:
-            everything = Box(0, 0, *self.keys.size)
-            return _tokens(self.keys.read(everything)), _tokens(self.values.read(everything))
-        band = max(1, self.chunk_tokens // self.keys.size.width)
-        return _pick(self.keys, self.picked, band), _pick(self.values, self.picked, band)
+        if self.picked is not None:
+            return self._some(self.picked)
+        everything = Box(0, 0, *self.keys.size)
+        return _tokens(self.keys.read(everything)), _tokens(self.values.read(everything))
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values as (rows, tokens, channels), a band of the map at a time."""
+        """Those keys and values, no more than `chunk_tokens` of them at a time."""
+        if self.picked is not None:
+            yield from map(self._some, self.picked.split(self.chunk_tokens))
+            return
         size = self.keys.size
         band, columns = max(1, self.chunk_tokens // size.width), min(size.width, self.chunk_tokens)
         for top in range(0, size.height, band):
@@ -58,7 +60,11 @@ class KeyValues:
     @property
     def single(self) -> bool:
         """Whether all of them fit at once."""
-        return self.picked is not None or self.keys.size.area <= self.chunk_tokens
+        return (self.keys.size.area if self.picked is None else len(self.picked)) <= self.chunk_tokens
+
+    def _some(self, picked: Tensor) -> tuple[Tensor, Tensor]:
+        band = max(1, self.chunk_tokens // self.keys.size.width)
+        return _pick(self.keys, picked, band), _pick(self.values, picked, band)
 
 
 def _tokens(values: Tensor) -> Tensor:
@@ -96,7 +102,9 @@ def attend(
         key, value = key_values.whole
         result = F.scaled_dot_product_attention(query, _split(key, heads), _split(value, heads))
     else:
-        result = _merged(query, key_values, heads)
+        # Autocast would round the scores, which are to be exponentiated.
+        with torch.autocast(query.device.type, enabled=False):
+            result = _merged(query, key_values, heads)
     joined = result.transpose(1, 2).flatten(2)
     return joined.transpose(1, 2).unflatten(2, tuple(queries.shape[2:]))
 

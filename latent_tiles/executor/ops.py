@@ -330,13 +330,3 @@ class AveragePool(_Coarser):
 
     def _coarsen(self, values: Tensor) -> Tensor:
         return F.avg_pool2d(values, self.factor)
-
-
-def tokens(values: Tensor) -> Tensor:
-    """A map (rows, channels, height, width) as (rows, height * width, channels)."""
-    return values.flatten(2).transpose(1, 2)
-
-
-def from_tokens(values: Tensor, size: torch.Size) -> Tensor:
-    """Tokens back into a map of the height and width of `size`."""
-    return values.transpose(1, 2).unflatten(2, tuple(size[-2:]))

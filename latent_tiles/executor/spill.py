@@ -90,7 +90,9 @@ class MapStore:
         except OSError as error:
             if isinstance(error, SpillError):
                 raise
-            raise SpillError(f"cannot spill {size / 2**20:.0f} MiB to {folder}: {error}") from error
+            raise SpillError(
+                f"cannot spill {size / 2**20:.0f} MiB to {folder}: {error}; choose another spill_dir"
+            ) from error
 
 
 def place_maps(

@@ -5,10 +5,18 @@ from __future__ import annotations
 from torch import nn
 
 from latent_tiles.errors import FamilyError
-from latent_tiles.families.base import ModelCallFactory
+from latent_tiles.families.canvas import CanvasCall
+from latent_tiles.families.pixart import PixArtCall
+from latent_tiles.families.sana import SanaCall
+from latent_tiles.families.sd3 import SD3Call
 from latent_tiles.families.unet import UNetCall
 
-_FAMILIES: dict[str, ModelCallFactory] = {"UNet2DConditionModel": UNetCall}
+_FAMILIES: dict[str, type[CanvasCall]] = {
+    "UNet2DConditionModel": UNetCall,
+    "SD3Transformer2DModel": SD3Call,
+    "SanaTransformer2DModel": SanaCall,
+    "PixArtTransformer2DModel": PixArtCall,
+}
 
 
 def supported() -> tuple[str, ...]:
@@ -21,7 +29,7 @@ def supported() -> tuple[str, ...]:
     return tuple(_FAMILIES)
 
 
-def family_of(module: nn.Module) -> ModelCallFactory:
+def family_of(module: nn.Module) -> type[CanvasCall]:
     """How calls of this denoiser are taken apart.
 
     Raises:

@@ -97,7 +97,14 @@ class Pin:
         return (exact + ramp * (pinned - exact)).to(noisy.dtype)
 
     def decide(self, index: int, *, noisy: Tensor, seen: Tensor, prediction: Tensor) -> Tensor:
-        """Keep the tile's guided clean latent; restate its prediction at the canvas's input."""
+        """Keep the tile's guided clean latent; restate its prediction at the canvas's input.
+
+        Raises:
+            MemoryStrategyError: the model predicts something else beside the noise.
+        """
+        if prediction.shape != seen.shape:
+            msg = f"pin needs a prediction of {seen.shape[1]} channels, this model gives {prediction.shape[1]} "
+            raise MemoryStrategyError(msg + "(a variance behind the noise); use memory='none'")
         by_branch = prediction.float().unflatten(0, (len(self._step.branches), self._items))
         guided = (self._branches * by_branch).sum(dim=0)
         clean = self._levels.clean(seen[: self._items].float(), guided)

@@ -33,8 +33,7 @@ class VaeFamily:
         encoder: the program from an image to what `encode` makes a distribution or latents of.
         decoder: the program from latents to an image, given the other arguments of `decode`.
         encoded: what `encode` returns, made of the encoder's output.
-        decoded: what `decode` returns, made of the decoder's output and the other arguments.
-        arguments: the names of other arguments that `decode` may be given.
+        decoded: what `decode` returns, made of the decoder's output.
         video: tensors have an axis of frames, which must be one long.
     """
 
@@ -43,5 +42,4 @@ class VaeFamily:
     decoder: Callable[[Any, Mapping[str, Any]], Decoder]
     encoded: Callable[[Tensor], Any]
     decoded: Callable[[Tensor], Any]
-    arguments: frozenset[str] = frozenset({"generator"})
     video: bool = False

@@ -19,6 +19,8 @@ from latent_tiles.geometry import Box, Size
 from latent_tiles.vae.sampled import core, estimate, sampled_statistics
 
 _PROBES_PER_WINDOW = 4
+_LEAST_DEVIATION = 1e-3
+"""Norms add 1e-6 to a variance: where a map is flatter than that, they divide by this."""
 
 
 @dataclass(kw_only=True)
@@ -49,7 +51,8 @@ class MeasuredRun(Run):
         if not self.sampled:
             return None
         return max(
-            (_difference(self.facts[index], pool.result()) for index, pool in self._measured.items()), default=0.0
+            (statistic_difference(self.facts[index], pool.result()) for index, pool in self._measured.items()),
+            default=0.0,
         )
 
     @property
@@ -68,6 +71,7 @@ class MeasuredRun(Run):
                 self.facts.update(estimate(self, task, wanted, self.patch_bytes))
                 self._measured |= {index: self.program.statistics[index].pool() for index in wanted}
         super().sweep(number, task)
+        self._exact.clear()
 
     def observer(self, task: Pass) -> Callable[[Box], Callable[[int, Box, Tensor], None]] | None:
         """Pools the statistics that were estimated, and probes attention."""
@@ -123,7 +127,7 @@ def spread(size: Size, count: int) -> Tensor | None:
     """Positions (row by row) spread evenly over a map, one in each cell of a grid; None where all are wanted."""
     if count >= size.area:
         return None
-    rows = max(1, min(size.height, round(math.sqrt(count * size.height / size.width))))
+    rows = max(1, min(size.height, count, round(math.sqrt(count * size.height / size.width))))
     columns = max(1, min(size.width, count // rows))
     generator = torch.Generator().manual_seed(0)
     jitter = torch.rand(2, rows, columns, generator=generator, dtype=torch.float64)
@@ -132,11 +136,12 @@ def spread(size: Size, count: int) -> Tensor | None:
     return torch.unique(top * size.width + left)
 
 
-def _difference(used: Any, measured: Any) -> float:
+def statistic_difference(used: Any, measured: Any) -> float:
     """How far two values of one statistic are apart, in standard deviations (or as a part of it, for sums)."""
     if isinstance(used, Moments):
-        deviation = measured.variance.sqrt().clamp_min(1e-12)
-        shift = ((used.mean - measured.mean).abs() / deviation).max()
-        stretch = (used.variance.sqrt() / deviation - 1).abs().max()
+        deviation = measured.variance.sqrt()
+        scale = deviation.clamp_min(_LEAST_DEVIATION)
+        shift = ((used.mean - measured.mean).abs() / scale).max()
+        stretch = ((used.variance.sqrt() - deviation).abs() / scale).max()
         return float(torch.maximum(shift, stretch))
     return float((used - measured).norm() / measured.norm().clamp_min(1e-12))

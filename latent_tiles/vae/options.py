@@ -62,6 +62,8 @@ class VaeOptions:
             value: float | None = getattr(self, name)
             if value is not None and (math.isnan(value) or value < 0):
                 raise VaeError(f"{name} must not be negative, got {value}")
+            if value is not None and name.endswith("_mib") and math.isinf(value):
+                raise VaeError(f"{name} must be finite, got {value}; give what the machine has")
         if self.attention_keys is not None and self.attention_keys < 1:
             raise VaeError(f"attention_keys must be at least 1, got {self.attention_keys}")
         if self.spill_dir is not None and not Path(self.spill_dir).is_dir():

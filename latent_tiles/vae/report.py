@@ -28,7 +28,7 @@ class VaePlan:
             "blocks, then stages", "stages", "small" or "none".
         passes: sweeps over a whole map.
         windows: windows in all passes.
-        window_px: longest side of a window of the largest map.
+        window_px: longest side of a window, in pixels of the image.
         window_mib: what windows take at the worst moment, with an allowance for what kernels take inside.
         device_map_mib: most that kept maps take on a GPU.
         ram_mib: most that kept maps take in memory.
@@ -57,6 +57,10 @@ class VaePlan:
     @classmethod
     def of(cls, plan: Plan, *, direction: Direction, mode: str, inputs: int, output: int) -> VaePlan:
         """Sum up an executor's plan; `inputs` and `output` are the nodes of the image and the latents."""
+        side = plan.sides[-1]
+        if direction == "encode":
+            # The first pass reads the image; what it makes may be coarser.
+            side = plan.sides[0] * round(plan.sizes[inputs].height / plan.sizes[plan.passes[0].target].height)
         held: dict[Place, float] = {place: count / _MIB for place, count in plan.held.items()}
         return cls(
             direction=direction,
@@ -66,7 +70,7 @@ class VaePlan:
             keeps=plan.keeps if any(task.keeps and task.steps for task in plan.passes[:-1]) else "none",
             passes=len(plan.passes),
             windows=plan.windows,
-            window_px=plan.sides[-1 if direction == "decode" else 0],
+            window_px=side,
             window_mib=plan.window_bytes / _MIB,
             device_map_mib=held.get("device", 0.0),
             ram_mib=held.get("host", 0.0),

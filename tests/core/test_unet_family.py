@@ -397,7 +397,7 @@ def test_samples_of_another_shape_are_refused(plain: UNet2DConditionModel, shape
 
 
 def test_unets_and_their_subclasses_are_supported(plain: UNet2DConditionModel) -> None:
-    assert supported() == ("UNet2DConditionModel",)
+    assert "UNet2DConditionModel" in supported()
     assert family_of(plain) is UNetCall
     newer: Any = NewerUNet.__new__(NewerUNet)
     nn.Module.__init__(newer)

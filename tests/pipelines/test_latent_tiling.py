@@ -195,3 +195,20 @@ class Transformer:
 
     unet = None
     transformer = torch.nn.Conv2d(1, 1, 1)
+
+
+def test_a_controlnet_guides_every_tile() -> None:
+    torch.manual_seed(0)
+    unet = tiny.unet()
+    controlnet = diffusers.ControlNetModel.from_unet(unet, conditioning_channels=3)
+    for layer in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+        torch.nn.init.normal_(layer.weight, std=0.3)  # fresh ones are zero
+    pipe = pipeline("StableDiffusionControlNetPipeline", unet=unet, controlnet=controlnet.eval())
+    control = torch.rand(1, 3, 96, 160, generator=torch.Generator().manual_seed(1))
+    with latent_tiling(pipe, TILES, seed=5) as session:
+        guided = draw(pipe, image=control)
+        free = draw(pipe, image=control, controlnet_conditioning_scale=0.0)
+    assert session.reports[0].tiles_run == 18
+    assert bool(guided.isfinite().all())
+    change = (guided - free).abs().mean(dim=(0, 1))
+    assert float(change.unfold(0, 32, 32).unfold(1, 32, 32).mean(dim=(-1, -2)).min()) > 1e-3

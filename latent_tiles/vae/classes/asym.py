@@ -113,6 +113,5 @@ FAMILIES = (
         decoder=_decoder,
         encoded=posterior,
         decoded=picture,
-        arguments=frozenset({"generator", "image", "mask"}),
     ),
 )

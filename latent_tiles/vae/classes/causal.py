@@ -206,7 +206,6 @@ FAMILIES = tuple(
         decoder=_decoder,
         encoded=posterior,
         decoded=picture,
-        arguments=frozenset(),
         video=True,
     )
     for name in ("AutoencoderKLQwenImage", "AutoencoderKLWan")

@@ -197,6 +197,5 @@ FAMILIES = (
         decoder=_decoder,
         encoded=_latents,
         decoded=picture,
-        arguments=frozenset(),
     ),
 )

@@ -105,6 +105,5 @@ FAMILIES = (
         decoder=_decoder,
         encoded=posterior,
         decoded=picture,
-        arguments=frozenset(),
     ),
 )

@@ -76,6 +76,5 @@ FAMILIES = (
         decoder=_decoder,
         encoded=_latents,
         decoded=picture,
-        arguments=frozenset({"force_not_quantize", "shape"}),
     ),
 )
