@@ -73,7 +73,7 @@ where a word announces it. Commands:
 folder. Of CC BY and CC BY-SA works: crops were downscaled, cropped, turned and degraded for training.
 
 ## Limits
-- Trained for about an hour on a small set: regular fine structure (text, grids, weaves) can come out scrambled, faces at
+- Trained for {hours:.1f} hours in all on a small set: regular fine structure (text, grids, weaves) can come out scrambled, faces at
   very small scale are not restored, and texture is plausible rather than true. Do not use it where detail is evidence.
 - The autoencoder bounds what can be kept; a frame that is sharp already loses a little by the round trip.
 - Degradations stronger than those above, motion blur, and drawings were not trained.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,13 @@ from .loop import LoopConfig
 def add_data_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument that names the photographs."""
     parser.add_argument("--data", nargs="+", required=True, help="folders, tar shards or pictures; patterns allowed")
+
+
+def add_init_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names the weights to begin with."""
+    parser.add_argument(
+        "--init", type=Path, help="exported model, or a run, whose weights are the start (default: fresh weights)"
+    )
 
 
 def add_loop_arguments(parser: argparse.ArgumentParser, *, lr: float) -> None:

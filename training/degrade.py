@@ -40,13 +40,13 @@ class DegradeConfig:
     """
 
     scale: Range = (1.5, 4.0)
-    largest_chance: float = 0.4
-    full_size_chance: float = 0.2
-    blur_chance: float = 0.4
+    largest_chance: float = 0.5
+    full_size_chance: float = 0.15
+    blur_chance: float = 0.35
     blur: Range = (0.2, 0.7)
-    noise_chance: float = 0.5
+    noise_chance: float = 0.35
     noise: Range = (0.5, 4.0)
-    jpeg_chance: float = 0.5
+    jpeg_chance: float = 0.35
     jpeg: Range = (75.0, 97.0)
 
     def __post_init__(self) -> None:

@@ -22,21 +22,15 @@ from torch import nn
 from .card import CardFacts, render_card, summarise_sources
 from .command import begin
 from .errors import require
-from .loop import load_ema
+from .history import FILE as TRAINING_FILE
+from .history import History, history_of
 from .text import build_tokenizer
 from .unet import build_scheduler, flops_per_latent, load_unet
 from .vae import load_vae
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = """python -m training.vae --data photos/train-*.tar --out runs/vae --minutes {vae:.0f}
-python -m training.latents --data photos/train-*.tar --vae runs/vae --out runs/latents --rounds 2
-python -m training.unet --latents runs/latents --out runs/unet --minutes {unet:.0f}
-{polish}python -m training.export --vae runs/vae --unet runs/unet {flag}--out model"""
-POLISH = """\
-python -m training.samples --data photos/train-*.tar --latents runs/latents --unet runs/unet --out runs/samples
-python -m training.decoder --vae runs/vae --samples runs/samples --out runs/decoder --minutes {decoder:.0f}
-"""
+PHOTOGRAPHS, PAIRS = "--data photos/train-*.tar", "--latents runs/latents"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +68,11 @@ class ModelDefaults:
 
 
 def build_pipeline(vae: Path, unet: Path) -> StableDiffusionInstructPix2PixPipeline:
-    """The host pipeline of two finished runs, in float32.
+    """The host pipeline of two finished runs, or of exported models' parts, in float32.
 
     Args:
-        vae: Folder of the autoencoder's run.
-        unet: Folder of the denoiser's run.
+        vae: Folder of the autoencoder's run, of the decoder's, or of a model.
+        unet: Folder of the denoiser's run or of a model.
     """
     denoiser, text_encoder, _ = load_unet(unet)
     return StableDiffusionInstructPix2PixPipeline(
@@ -106,23 +100,51 @@ def _millions(module: nn.Module) -> float:
     return sum(parameter.numel() for parameter in module.parameters()) / 1e6
 
 
-def _facts(pipe: StableDiffusionInstructPix2PixPipeline, vae: Path, unet: Path, options: dict[str, Any]) -> CardFacts:
-    (_, vae_run), (_, unet_run) = load_ema(vae), load_ema(unet)
+def _commands(history: dict[str, History]) -> str:
+    def stage(name: str, inputs: str) -> list[str]:
+        sittings = enumerate(history[name])
+        return [
+            f"python -m training.{name} {'--init model ' if number else ''}{inputs} --out runs/{name}"
+            f" --minutes {sitting['minutes']:.0f}"
+            for number, sitting in sittings
+        ]
+
+    lines = [
+        *stage("vae", PHOTOGRAPHS),
+        f"python -m training.latents {PHOTOGRAPHS} --vae runs/vae --out runs/latents --rounds 2",
+        *stage("unet", PAIRS),
+    ]
+    if history["decoder"]:
+        lines.append(f"python -m training.samples {PHOTOGRAPHS} {PAIRS} --unet runs/unet --out runs/samples")
+        lines += [
+            f"python -m training.decoder --vae {'model' if number else 'runs/vae'} --samples runs/samples"
+            f" --out runs/decoder --minutes {sitting['minutes']:.0f}"
+            for number, sitting in enumerate(history["decoder"])
+        ]
+    decoder = " --decoder runs/decoder" if history["decoder"] else ""
+    return "\n".join([*lines, f"python -m training.export --vae runs/vae --unet runs/unet{decoder} --out model"])
+
+
+def _spent(history: History) -> str:
+    minutes, steps = (sum(sitting[key] for sitting in history) for key in ("minutes", "steps"))
+    sittings = f" in {len(history)} sittings" if len(history) > 1 else ""
+    return f"{minutes:.0f} minutes{sittings} ({steps} steps"
+
+
+def _facts(
+    pipe: StableDiffusionInstructPix2PixPipeline, history: dict[str, History], options: dict[str, Any]
+) -> CardFacts:
     channels = tuple(pipe.unet.config["block_out_channels"])
     factor = pipe.vae_scale_factor
-    minutes = {"vae": vae_run["elapsed_s"] / 60, "unet": unet_run["elapsed_s"] / 60, "decoder": 0.0}
     polish = ""
-    if options["decoder"]:
-        _, decoder_run = load_ema(options["decoder"])
-        minutes["decoder"] = decoder_run["elapsed_s"] / 60
+    if history["decoder"]:
         polish = (
-            f" Then the decoder alone {minutes['decoder']:.0f} minutes ({decoder_run['step']} steps) on latents that"
-            " the denoiser makes of the training pairs, mixed with clean ones."
+            f" Then the decoder alone {_spent(history['decoder'])}) on latents that the denoiser makes of the training"
+            " pairs, mixed with clean ones, with a discriminator of patches beside the pixel losses."
         )
     training = (
-        f"On {options['hardware']}, bfloat16 autocast: the autoencoder {minutes['vae']:.0f} minutes"
-        f" ({vae_run['step']} steps), the denoiser with its text encoder {minutes['unet']:.0f} minutes"
-        f" ({unet_run['step']} steps; latent crops of 32 to 96 a side, square and not)."
+        f"On {options['hardware']}, bfloat16 autocast: the autoencoder {_spent(history['vae'])}), the denoiser with its"
+        f" text encoder {_spent(history['unet'])}; latent crops of 32 to 96 a side, square and not)."
         f"{polish} AdamW, learning rate warmed up and annealed by a cosine, averaged weights."
     )
     values = {
@@ -136,33 +158,28 @@ def _facts(pipe: StableDiffusionInstructPix2PixPipeline, vae: Path, unet: Path, 
         "unet_millions": _millions(pipe.unet),
         "tokens": len(pipe.tokenizer),
         "text_millions": _millions(pipe.text_encoder),
+        "hours": sum(sitting["minutes"] for part in history.values() for sitting in part) / 60,
         "multiple": factor * 2 ** (len(channels) - 1),
     }
-    commands = COMMANDS.format(
-        vae=minutes["vae"],
-        unet=minutes["unet"],
-        polish=POLISH.format(decoder=minutes["decoder"]) if polish else "",
-        flag="--decoder runs/decoder " if polish else "",
-    )
     metrics = options["metrics"].read_text() if options["metrics"] else "Not measured yet.\n"
     licences, index = options["licences"], options["index"]
     data = summarise_sources(licences, index) if licences and index else "Not stated.\n"
-    return CardFacts(values=values, training=training, commands=commands, metrics=metrics, data=data)
+    return CardFacts(values=values, training=training, commands=_commands(history), metrics=metrics, data=data)
 
 
 def export(vae: Path, unet: Path, out: Path, **options: Any) -> Path:
     """Write the model folder.
 
     Args:
-        vae: Folder of the autoencoder's run.
-        unet: Folder of the denoiser's run.
+        vae: Folder of the autoencoder's run, or an exported model whose autoencoder is kept.
+        unet: Folder of the denoiser's run, or an exported model whose denoiser is kept.
         out: Folder to write; replaced if it exists.
         **options: `defaults` (ModelDefaults), `metrics`, `licences` and `index` (paths or None), `hardware`
             (words), `decoder` (folder of the decoder's run, whose autoencoder is then taken, or None).
 
     Returns:
-        `out`, with float16 weights (the text encoder: float32), `latent_tiles.json`, `MODEL_CARD.md`, `CREDITS.md` if
-        the licences are given, and `SHA256SUMS`.
+        `out`, with float16 weights (the text encoder: float32), `latent_tiles.json`, `training.json` (how long each
+        part was trained), `MODEL_CARD.md`, `CREDITS.md` if the licences are given, and `SHA256SUMS`.
     """
     options = {
         "defaults": ModelDefaults(),
@@ -174,7 +191,12 @@ def export(vae: Path, unet: Path, out: Path, **options: Any) -> Path:
         **options,
     }
     pipe = build_pipeline(options["decoder"] or vae, unet)
-    card = render_card(_facts(pipe, vae, unet, options))
+    history = {
+        "vae": history_of(vae, "vae"),
+        "unet": history_of(unet, "unet"),
+        "decoder": history_of(options["decoder"] or vae, "decoder"),
+    }
+    card = render_card(_facts(pipe, history, options))
     if out.exists():
         shutil.rmtree(out)
     pipe.vae.to(torch.float16)
@@ -182,6 +204,7 @@ def export(vae: Path, unet: Path, out: Path, **options: Any) -> Path:
     # The text encoder stays in float32: transformers loads the stored type, diffusers float32, and they must agree.
     pipe.save_pretrained(out, safe_serialization=True)
     (out / "latent_tiles.json").write_text(json.dumps(asdict(options["defaults"]), indent=2) + "\n")
+    (out / TRAINING_FILE).write_text(json.dumps(history, indent=2) + "\n")
     (out / "MODEL_CARD.md").write_text(card)
     if options["licences"]:
         shutil.copyfile(options["licences"], out / "CREDITS.md")
@@ -194,19 +217,23 @@ def export(vae: Path, unet: Path, out: Path, **options: Any) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     """Command line of the stage."""
     parser = argparse.ArgumentParser(prog="python -m training.export", description=__doc__.splitlines()[0])
-    parser.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder's run")
-    parser.add_argument("--unet", type=Path, required=True, help="folder of the denoiser's run")
+    parser.add_argument("--vae", type=Path, required=True, help="the autoencoder's run, or an exported model")
+    parser.add_argument("--unet", type=Path, required=True, help="the denoiser's run, or an exported model")
     parser.add_argument("--decoder", type=Path, help="folder of the decoder's run, if there was one")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write; replaced if it exists")
     parser.add_argument("--licences", type=Path, help="Markdown of the photographs' sources")
     parser.add_argument("--index", type=Path, help="CSV of the crops")
     parser.add_argument("--metrics", type=Path, help="Markdown of measurements for the card")
     parser.add_argument("--hardware", default="CPU", help="what the model was trained on, in words")
+    parser.add_argument("--default-steps", type=int, default=ModelDefaults.num_inference_steps)
     parser.add_argument("--validated-untiled-latent", type=int, help="largest latent side validated without tiles")
     options = parser.parse_args(arguments)
     begin(options)
     values = vars(options)
-    defaults = ModelDefaults(validated_untiled_latent=values.pop("validated_untiled_latent"))
+    defaults = ModelDefaults(
+        num_inference_steps=values.pop("default_steps"),
+        validated_untiled_latent=values.pop("validated_untiled_latent"),
+    )
     out = export(values.pop("vae"), values.pop("unet"), values.pop("out"), defaults=defaults, **values)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     logger.info("wrote %s, %.1f MB", out, size / 1e6)

@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line of the stage."""
     parser = argparse.ArgumentParser(prog="python -m training.latents", description=__doc__.splitlines()[0])
     add_data_argument(parser)
-    parser.add_argument("--vae", required=True, help="folder of the autoencoder's run")
+    parser.add_argument("--vae", required=True, help="the autoencoder's run, or an exported model")
     parser.add_argument("--out", required=True, help="folder of the pool; rounds that exist are kept")
     parser.add_argument("--rounds", type=int, default=2, help="encodings of every photograph (default: %(default)s)")
     parser.add_argument("--first-round", type=int, default=0, help="number of the first of them")

@@ -155,15 +155,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.samples", description=__doc__.splitlines()[0])
     add_data_argument(parser)
     parser.add_argument("--latents", type=Path, required=True, help="folder of the encoded pairs")
-    parser.add_argument("--unet", type=Path, required=True, help="folder of the denoiser's run")
+    parser.add_argument("--unet", type=Path, required=True, help="the denoiser's run, or an exported model")
     parser.add_argument("--out", type=Path, required=True, help="folder of the samples; left alone if it exists")
     parser.add_argument("--side", type=int, default=SamplesConfig.side, help="side of a crop in latents")
     parser.add_argument("--batch", type=int, default=SamplesConfig.batch)
+    parser.add_argument("--steps", type=int, default=SamplesConfig.steps, help="as in use (default: %(default)s)")
+    parser.add_argument("--latents-seed", type=int, default=LatentsConfig.seed, help="that the pairs were encoded with")
     add_machine_arguments(parser)
     options = parser.parse_args(arguments)
     begin(options)
     pictures = [pixels for _, pixels in read_pictures(expand(options.data))]
-    config = SamplesConfig(side=options.side, batch=options.batch)
+    config = SamplesConfig(
+        side=options.side,
+        batch=options.batch,
+        steps=options.steps,
+        latents=LatentsConfig(seed=options.latents_seed),
+    )
     logger.info(
         "wrote %s", make_samples(pictures, options.latents, options.unet, options.out, config, options.precision)
     )

@@ -9,6 +9,7 @@ Run: `python -m training.vae --data photos/train-*.tar --out runs/vae --minutes 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,9 +20,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
-from .command import add_data_argument, add_loop_arguments, begin, loop_config
+from .command import add_data_argument, add_init_argument, add_loop_arguments, begin, loop_config
 from .data import CropConfig, Pixels, batch_rng, expand, random_crop, read_pictures
 from .errors import require
+from .history import history_of, is_model
 from .loop import Batch, fit, load_ema
 
 logger = logging.getLogger(__name__)
@@ -119,6 +121,15 @@ def build_vae(config: VaeConfig) -> AutoencoderTiny | AutoencoderKL:
     )
 
 
+def freeze_encoder(vae: nn.Module) -> None:
+    """Leave only the decoder trainable."""
+    vae.requires_grad_(False)
+    for name in ("decoder", "post_quant_conv"):
+        part = getattr(vae, name, None)
+        if part is not None:
+            part.requires_grad_(True)
+
+
 def encode_mode(vae: nn.Module, images: Tensor) -> Tensor:
     """Latents of images as InstructPix2Pix takes them: the code itself, or the posterior's mode.
 
@@ -211,13 +222,51 @@ def vae_batches(pictures: list[Pixels], config: VaeLossConfig, seed: int) -> Cal
     return make_batch
 
 
-def load_vae(out: Path) -> AutoencoderTiny | AutoencoderKL:
-    """The averaged autoencoder of a run's folder, in float32 and evaluation mode."""
-    state, facts = load_ema(out)
+def _shape_of(vae: nn.Module) -> VaeConfig:
+    config = vae.config
+    if isinstance(vae, AutoencoderTiny):
+        return VaeConfig(
+            latent_channels=config["latent_channels"],
+            width=config["encoder_block_out_channels"][0],
+            encoder_blocks=tuple(config["num_encoder_blocks"]),
+            decoder_blocks=tuple(config["num_decoder_blocks"]),
+        )
+    levels = len(config["block_out_channels"])
+    return VaeConfig(
+        kind="kl",
+        latent_channels=config["latent_channels"],
+        width=config["block_out_channels"][0],
+        encoder_blocks=(config["layers_per_block"],) * levels,
+        decoder_blocks=(config["layers_per_block"],) * levels,
+    )
+
+
+def load_vae(source: Path) -> AutoencoderTiny | AutoencoderKL:
+    """A trained autoencoder in float32 and evaluation mode.
+
+    Args:
+        source: Folder of a run (its average is taken), or of an exported model.
+    """
+    return load_vae_with_shape(source)[0]
+
+
+def load_vae_with_shape(source: Path) -> tuple[AutoencoderTiny | AutoencoderKL, VaeConfig]:
+    """A trained autoencoder, as `load_vae` gives it, and its architecture.
+
+    Args:
+        source: Folder of a run of this stage or of the decoder's, or of an exported model.
+    """
+    if is_model(source):
+        name = json.loads((source / "model_index.json").read_text())["vae"][1]
+        kind = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}[name]
+        vae = kind.from_pretrained(source / "vae").float()
+        return vae.eval().requires_grad_(False), _shape_of(vae)
+    state, facts = load_ema(source)
     settings = dict(facts["settings"]["vae"])
-    vae = build_vae(VaeConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}))
-    vae.load_state_dict({key.removeprefix("vae."): value for key, value in state.items()})
-    return vae.eval().requires_grad_(False)
+    shape = VaeConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
+    vae = build_vae(shape)
+    vae.load_state_dict({key.removeprefix("vae."): value for key, value in state.items() if key.startswith("vae.")})
+    return vae.eval().requires_grad_(False), shape
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -225,6 +274,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.vae", description=__doc__.splitlines()[0])
     add_data_argument(parser)
     add_loop_arguments(parser, lr=1e-3)
+    add_init_argument(parser)
+    parser.add_argument(
+        "--freeze-encoder", action="store_true", help="train the decoder alone, so that latents keep their meaning"
+    )
     parser.add_argument("--kind", choices=KINDS, default="tiny")
     parser.add_argument("--width", type=int, default=VaeConfig.width, help="channels (default: %(default)s)")
     parser.add_argument("--latent-channels", type=int, default=VaeConfig.latent_channels)
@@ -232,16 +285,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--texture", type=float, default=VaeLossConfig.texture, help="weight of the texture term")
     options = parser.parse_args(arguments)
     begin(options)
-    shape = VaeConfig(kind=options.kind, width=options.width, latent_channels=options.latent_channels)
     crops = tuple((side, count * options.batch_factor) for side, count in VaeLossConfig.crops)
     losses = VaeLossConfig(crops=crops, texture=options.texture)
     config = loop_config(options)
     torch.manual_seed(config.seed)
-    objective = VaeObjective(build_vae(shape), losses)
+    if options.init is None:
+        shape = VaeConfig(kind=options.kind, width=options.width, latent_channels=options.latent_channels)
+        vae = build_vae(shape)
+    else:
+        vae, shape = load_vae_with_shape(options.init)
+        vae.train().requires_grad_(True)
+    if options.freeze_encoder:
+        freeze_encoder(vae)
+    objective = VaeObjective(vae, losses)
     logger.info("autoencoder: %.2f M parameters", sum(p.numel() for p in objective.parameters()) / 1e6)
     pictures = [pixels for _, pixels in read_pictures(expand(options.data))]
     logger.info("%d pictures", len(pictures))
-    settings = {"stage": "vae", "vae": asdict(shape), "loss": asdict(losses), "seed": config.seed}
+    settings = {
+        "stage": "vae",
+        "vae": asdict(shape),
+        "loss": asdict(losses),
+        "seed": config.seed,
+        "freeze_encoder": options.freeze_encoder,
+        "history": history_of(options.init, "vae"),
+    }
     fit(objective, vae_batches(pictures, losses, config.seed), config, Path(options.out), settings=settings)
 
 

@@ -38,7 +38,7 @@ def test_huge_scores_do_not_overflow() -> None:
     torch.testing.assert_close(found, oracle(queries * 100, keys * 100, values, 1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [7, 14, 100])
+@pytest.mark.parametrize("chunk", [1, 2, 7, 14, 100])
 def test_picked_keys_are_the_only_ones_attended_to(chunk: int) -> None:
     queries, keys, values = scene()
     picked = torch.tensor([0, 3, 8, 20, 41])
@@ -51,3 +51,13 @@ def test_picked_keys_are_the_only_ones_attended_to(chunk: int) -> None:
     )
     found = attend(queries.flatten(2)[:, :, :5, None], some, heads=2)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_picked_keys_that_do_not_fit_come_in_chunks() -> None:
+    _, keys, values = scene()
+    picked = torch.tensor([0, 3, 8, 20, 41])
+    some = KeyValues(keys=Map(keys), values=Map(values), chunk_tokens=2, picked=picked)
+    assert not some.single
+    parts = list(some.chunks())
+    assert [key.shape[1] for key, _ in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat([key for key, _ in parts], dim=1), some.whole[0])

@@ -76,6 +76,13 @@ def test_sizes_are_compared_on_the_same_pixels(bench: ModuleType) -> None:
         assert measures["pictures"] == 2
 
 
+def test_steps_are_the_models_own(bench: ModuleType, tmp_path: Path) -> None:
+    """The folder's default is taken; a folder that has none is run in 8."""
+    assert bench.default_steps(tmp_path) == 8
+    (tmp_path / "latent_tiles.json").write_text('{"num_inference_steps": 4}')
+    assert bench.default_steps(tmp_path) == 4
+
+
 def test_tables_hold_every_method(bench: ModuleType) -> None:
     """A report becomes Markdown."""
     pictures = [("0", _rough_pictures()[0])]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,40 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
+from torch import nn
 from training_tiny import LATENTS, UNET, UNET_BATCHES, VAE, VAE_LOSS, fresh_accelerator, loop, make_pictures
 
 from training.card import summarise_sources
 from training.data import Pixels
 from training.errors import CheckpointError, TrainingConfigError, TrainingDataError
 from training.export import ModelDefaults, export
+from training.history import history_of
 from training.latents import LatentPool, encode_round
 from training.loop import LoopConfig, fit, load_ema
 from training.text import MAX_LENGTH, build_text_encoder, build_tokenizer
-from training.unet import UnetConfig, UnetObjective, build_scheduler, build_unet, flops_per_latent, unet_batches
-from training.vae import VaeConfig, VaeLossConfig, VaeObjective, build_vae, encode_mode, load_vae, vae_batches
+from training.unet import (
+    TimestepConfig,
+    UnetConfig,
+    UnetObjective,
+    build_scheduler,
+    build_unet,
+    flops_per_latent,
+    load_unet,
+    start_from,
+    unet_batches,
+)
+from training.vae import (
+    VaeConfig,
+    VaeLossConfig,
+    VaeObjective,
+    build_vae,
+    encode_mode,
+    freeze_encoder,
+    load_vae,
+    load_vae_with_shape,
+    vae_batches,
+)
+from training.vae import main as train_vae
 from training.words import WORDS
 
 
@@ -160,6 +184,8 @@ def test_steering_words_are_single_tokens() -> None:
         (lambda: VaeLossConfig(crop_odds=(1.0,)), "2 crops and 1 crop_odds"),
         (lambda: UnetConfig(channels=(40, 80)), "multiples of 16"),
         (lambda: UnetConfig(attention_levels=4), "leave the highest without"),
+        (lambda: TimestepConfig(focus=1.5), "focus is 1.5"),
+        (lambda: TimestepConfig(clean_weight=0.5), "clean_weight is 0.5"),
         (lambda: ModelDefaults(tile=64, overlap=64), "overlap < tile"),
     ],
 )
@@ -201,6 +227,77 @@ def test_export_loads_in_stock_diffusers(tmp_path: Path, runs: Path) -> None:
         image_guidance_scale=1.0,
     )
     assert result.images[0].size == (64, 32)
+
+
+def test_each_sitting_goes_on_from_the_last(tmp_path: Path, runs: Path) -> None:
+    """Stages begin with an exported model's weights, nothing is lost on the way, and the history grows."""
+    pool, tokenizer = LatentPool(runs / "latents"), build_tokenizer()
+    torch.manual_seed(0)
+    plain = UnetObjective(build_unet(replace(UNET, pooled_text=False)), build_text_encoder(tokenizer, 32), 0.05)
+    settings = {"unet": {**vars(UNET), "pooled_text": False}}
+    fit(plain, unet_batches(pool, tokenizer, UNET_BATCHES, seed=0), loop(2), tmp_path / "unet", settings=settings)
+    first = export(runs / "vae", tmp_path / "unet", tmp_path / "first")
+    trained, _, old = load_unet(first)
+    unet, text_encoder, new = start_from(first)
+    assert (old.pooled_text, new.pooled_text) == (False, True)
+    assert new == UNET
+    inputs = (torch.randn(1, 8, 8, 8), 500, torch.randn(1, MAX_LENGTH, 32))
+    with torch.no_grad():
+        assert torch.equal(trained(*inputs).sample, unet.eval()(*inputs).sample)
+    assert all(parameter.requires_grad for part in (unet, text_encoder) for parameter in part.parameters())
+    settings = {"stage": "unet", "unet": vars(new), "history": history_of(first, "unet")}
+    objective = UnetObjective(unet.train(), text_encoder, 0.05)
+    batches = unet_batches(pool, tokenizer, UNET_BATCHES, seed=1)
+    fit(objective, batches, loop(3), tmp_path / "more", settings=settings)
+    second = export(first, tmp_path / "more", tmp_path / "second")
+    assert [sitting["steps"] for sitting in history_of(second, "unet")] == [2, 3]
+    assert [sitting["steps"] for sitting in history_of(second, "vae")] == [40]
+    assert "--init model" in (second / "MODEL_CARD.md").read_text()
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    assert (first / weights).read_bytes() == (second / weights).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["tiny", "kl"])
+def test_autoencoder_starts_from_trained_weights(tmp_path: Path, runs: Path, kind: str) -> None:
+    """Its shape is read from the exported model; with the encoder frozen, latents keep their meaning."""
+    source = runs / "vae"
+    if kind == "kl":
+        source = tmp_path / "kl"
+        _train_vae(source, loop(2), kind=kind)
+    _train_unet(tmp_path / "unet", LatentPool(runs / "latents"), loop(1))
+    model = export(source, tmp_path / "unet", tmp_path / "model")
+    of_run, shape = load_vae_with_shape(source)
+    of_model, same = load_vae_with_shape(model)
+    assert shape == same
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert (encode_mode(of_run, images) - encode_mode(of_model, images)).abs().max() < 0.02
+    freeze_encoder(of_model)
+    trainable = {name.split(".")[0] for name, value in of_model.named_parameters() if value.requires_grad}
+    assert trainable == ({"decoder"} if kind == "tiny" else {"decoder", "post_quant_conv"})
+
+
+def test_command_lines_take_the_start(tmp_path: Path, runs: Path, picture_folder: Path) -> None:
+    """Both stages run from `--init`, and an unusable folder is refused."""
+    _train_unet(tmp_path / "unet", LatentPool(runs / "latents"), loop(1))
+    model = export(runs / "vae", tmp_path / "unet", tmp_path / "model")
+    common = ["--init", str(model), "--steps", "1", "--precision", "no"]
+    train_vae(["--data", str(picture_folder), "--out", str(tmp_path / "v"), "--freeze-encoder", *common])
+    before, after = load_vae(model), load_vae(tmp_path / "v")
+    for part, same in (("encoder", True), ("decoder", False)):
+        pairs = zip(getattr(before, part).parameters(), getattr(after, part).parameters(), strict=True)
+        assert all(torch.equal(old, new) for old, new in pairs) == same
+    with pytest.raises(CheckpointError, match="neither an exported model nor a run"):
+        history_of(tmp_path / "nothing", "unet")
+
+
+@pytest.mark.parametrize("focus", [0.0, 1.0])
+def test_timesteps_are_those_of_the_sampler(focus: float) -> None:
+    """With full focus only the sampler's timesteps are drawn, evenly; without, all of them."""
+    objective = UnetObjective(nn.Identity(), nn.Identity(), 0.0, TimestepConfig(sampler_steps=4, focus=focus))
+    drawn = objective._draw_timesteps(1000, torch.Generator().manual_seed(0))
+    assert (sorted(set(drawn.tolist())) == [249, 499, 749, 999]) == bool(focus)
+    assert 200 < int((drawn < 250).sum()) < 300
+    assert len(set(drawn.tolist())) == (4 if focus else 1000)
 
 
 def test_sources_without_sections_are_refused(tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ from vae.tiny_vaes import tiny_vae
 from latent_tiles import VaeOptions, exact_vae
 from latent_tiles.errors import BudgetError, ExecutorError, VaeError
 from latent_tiles.executor.speed import measured_speed
+from latent_tiles.executor.statistics import Moments
 from latent_tiles.geometry import Box, Size
 from latent_tiles.vae.exact import ExactVae
+from latent_tiles.vae.measured import spread, statistic_difference
 
 TOLERANCE = 1e-4
 
@@ -170,6 +172,18 @@ def test_half_precision_is_no_farther_from_float32_than_an_untiled_pass(name: st
     assert distance[0] <= 1.1 * distance[1]
 
 
+@pytest.mark.parametrize("budget", [None, 3])
+def test_autocast_is_followed(budget: float | None) -> None:
+    vae, codes = tiny_vae("sd"), latents()
+    expected = vae.decode(codes).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        untiled = vae.decode(codes).sample
+        with exact_vae(vae, tile=32, device_budget_mib=budget):
+            exact = vae.decode(codes).sample
+    distance = [float((part.float() - expected).square().mean().sqrt()) for part in (exact, untiled)]
+    assert distance[0] <= 1.1 * distance[1]
+
+
 # Where the maps lie, and how many of them.
 
 
@@ -245,6 +259,14 @@ def test_a_plan_says_the_cost_without_running_anything() -> None:
     assert larger.ram_mib == pytest.approx(4 * plan.ram_mib)
     assert "passes" in str(plan)
     assert exact.reports == []
+
+
+@pytest.mark.parametrize("name", ["sd", "tiny-relu", "qwen"])
+def test_a_plan_says_the_side_of_windows_in_pixels(name: str) -> None:
+    with exact_vae(tiny_vae(name), tile=64) as exact:
+        assert exact is not None
+        assert 64 <= exact.plan("encode", 512, 512).window_px < 128
+        assert 64 <= exact.plan("decode", 128, 128).window_px < 128
 
 
 # Memory.
@@ -354,6 +376,20 @@ def test_an_attention_budget_reports_the_error_that_it_makes() -> None:
     assert errors[0] > errors[1] > 0
     with exact_vae(vae, attention_keys=40 * 32) as exact:
         assert error(vae.decode(codes).sample, tiny_vae("sd").decode(codes).sample) <= TOLERANCE
+
+
+@pytest.mark.parametrize("size", [Size(1000, 1), Size(1, 1000), Size(400, 3), Size(30, 40)])
+@pytest.mark.parametrize("keys", [1, 5, 20, 400])
+def test_never_more_keys_than_were_asked_for(size: Size, keys: int) -> None:
+    picked = spread(size, keys)
+    assert picked is not None
+    assert 1 <= len(picked) <= keys
+    assert int(picked.max()) < size.area
+
+
+def test_a_flat_map_has_no_residual() -> None:
+    flat = Moments(mean=torch.ones(1, 4).double(), variance=torch.zeros(1, 4).double())
+    assert statistic_difference(flat, flat) == 0
 
 
 # Models that are offloaded, cast, adapted or compiled.
@@ -491,6 +527,7 @@ def test_stock_changes_nothing() -> None:
         ({"tile": 8}, "tile must be at least 16 pixels, got 8"),
         ({"ram_budget_mib": -1.0}, "ram_budget_mib must not be negative, got -1"),
         ({"device_budget_mib": float("nan")}, "device_budget_mib must not be negative, got nan"),
+        ({"spill_budget_mib": float("inf")}, "spill_budget_mib must be finite, got inf"),
         ({"attention_keys": 0}, "attention_keys must be at least 1, got 0"),
         ({"spill_dir": "no/such/folder"}, "spill_dir 'no/such/folder' is not a folder"),
     ],
@@ -525,6 +562,22 @@ def test_gradients_axes_and_frames_are_refused() -> None:
             vae.decode(torch.zeros(1, 4, 1, 8, 8))
     with exact_vae(video), pytest.raises(VaeError, match="run exactly for single frames, got 5"):
         video.decode(torch.zeros(1, 4, 5, 8, 8))
+
+
+def test_a_leaf_is_taken_where_no_gradients_are_asked_for() -> None:
+    vae, codes = tiny_vae("sd"), latents()
+    with exact_vae(vae, tile=32), torch.no_grad():
+        assert (
+            error(vae.decode(codes.clone().requires_grad_()).sample, tiny_vae("sd").decode(codes).sample) <= TOLERANCE
+        )
+
+
+def test_a_plan_of_another_direction_is_refused() -> None:
+    wrong: Any = "encoder"
+    with exact_vae(tiny_vae("sd")) as exact:
+        assert exact is not None
+        with pytest.raises(VaeError, match="direction must be one of encode, decode, got 'encoder'"):
+            exact.plan(wrong, 64, 64)
 
 
 # Speed, as a ratio in one run; the bar itself is measured by benchmarks/bench_vae.py.
