@@ -111,22 +111,29 @@ def score_values(chunk_tokens: int, channels: int) -> int:
 def _attention_scratch(keys: int, chunk_tokens: int, channels: int, queries: int) -> int:
     """Values that an attention takes beside its input and output, in values of 16 bits at the worst."""
     if keys <= chunk_tokens:
-        return 2 * keys * channels
+        return 0
     # A chunk of keys and values and their copies in float32, scores, and the queries and sums in float32.
     return 6 * chunk_tokens * channels + 4 * score_values(chunk_tokens, channels) + 6 * queries
+
+
+def _held_keys(program: Program, task: Pass, sizes: Sequence[Size], chunk_tokens: int) -> int:
+    """Values of the keys and values that are read once and stay for the whole pass, since they fit at once."""
+    maps = {node.maps: node.channels for node in (program.nodes[index] for index in task.steps) if node.maps}
+    areas = ((sizes[keys].area, channels) for (keys, _), channels in maps.items())
+    return sum(2 * area * channels for area, channels in areas if area <= chunk_tokens)
 
 
 def working_values(program: Program, task: Pass, sizes: Sequence[Size], side: int, *, chunk_tokens: int) -> int:
     """Values in memory at the worst moment of a pass's largest window, for one row of the batch.
 
-    Counts the tensors that are alive between layers, a copy of a layer's input or output (padding, casting, changing
-    the layout, the two steps of an activated sum), and for attention the keys, values and scores of a chunk. What a
-    library takes inside a kernel is not in it.
+    Counts the tensors that are alive between layers, keys and values that stay for the pass, a copy of a layer's input
+    or output (padding, casting, changing the layout, the two steps of an activated sum), and for attention the keys,
+    values and scores of a chunk. What a library takes inside a kernel is not in it.
     """
     shape = _largest(Reach(program, task, sizes), sizes[task.target], side)
     count = {node: height * width * program.nodes[node].channels for node, (height, width) in shape.items()}
     last = {entry: index for index in task.steps for entry in program.nodes[index].inputs}
-    alive, worst = 0, 0
+    alive, worst = _held_keys(program, task, sizes, chunk_tokens), 0
     present = set[int]()
     for index in task.steps:
         node = program.nodes[index]

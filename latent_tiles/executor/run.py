@@ -83,6 +83,7 @@ class Run:
                 self.sink.write(box, values)
             elif target in self._kept:
                 self._kept[target].write(box, values)
+            del values  # else it would lie beside the next window
             self._done += 1
             if self.progress is not None:
                 self.progress(self._done, self.plan.windows)

@@ -81,7 +81,7 @@ class MapStore:
             if size > free:
                 msg = f"a map of {size / 2**20:.0f} MiB does not fit into the {free / 2**20:.0f} MiB free in {folder}; "
                 raise SpillError(msg + "choose another spill_dir or a smaller spill budget")
-            file = files.enter_context(tempfile.TemporaryFile(dir=folder, prefix="latent-tiles-"))
+            file = files.enter_context(tempfile.TemporaryFile(dir=folder, prefix="latent-tiles-"))  # noqa: SIM115
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
@@ -90,9 +90,8 @@ class MapStore:
         except OSError as error:
             if isinstance(error, SpillError):
                 raise
-            raise SpillError(
-                f"cannot spill {size / 2**20:.0f} MiB to {folder}: {error}; choose another spill_dir"
-            ) from error
+            msg = f"cannot spill {size / 2**20:.0f} MiB to {folder}: {error}; choose another spill_dir"
+            raise SpillError(msg) from error
 
 
 def place_maps(

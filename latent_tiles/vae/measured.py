@@ -50,10 +50,8 @@ class MeasuredRun(Run):
         """The largest difference of a statistic used from the one measured, in standard deviations."""
         if not self.sampled:
             return None
-        return max(
-            (statistic_difference(self.facts[index], pool.result()) for index, pool in self._measured.items()),
-            default=0.0,
-        )
+        measured = self._measured.items()
+        return max((statistic_difference(self.facts[index], pool.result()) for index, pool in measured), default=0.0)
 
     @property
     def attention_error(self) -> float | None:

@@ -21,7 +21,7 @@ class VaeOptions:
 
     Args:
         mode: "exact" equals one untiled pass up to rounding; "sampled" takes the statistics of large maps from patches
-            of them, which needs one pass and few maps and is measured in the pass; "stock" leaves the autoencoder alone.
+            of them, which needs one pass and few maps and is measured in the pass; "stock" changes nothing.
         tile: side of a window in pixels of the image, at least 16; coarser maps, which have more channels, get windows
             of as many values. None: chosen for the device. It does not change the result.
         device_budget_mib: what windows (and on a GPU the maps kept there) may take on the device. None: on a CPU what
