@@ -56,7 +56,7 @@ class DecoderConfig:
     gradient: float = 0.5
     texture: float = 0.5
     sampled_texture: float = 2.0
-    adversarial: float = 0.15
+    adversarial: float = 0.1
     adversarial_from: float = 0.15
 
     def __post_init__(self) -> None:
@@ -209,11 +209,16 @@ def main(arguments: list[str] | None = None) -> None:
     for name, of in (("texture", "clean"), ("sampled_texture", "the denoiser's")):
         flag, default = "--" + name.replace("_", "-"), getattr(DecoderConfig, name)
         parser.add_argument(flag, type=float, default=default, help=f"weight of the texture of {of} crops")
+    parser.add_argument("--batch", type=int, default=DecoderConfig.sampled, help="crops of either kind in a batch")
     parser.add_argument("--adversarial", type=float, default=DecoderConfig.adversarial, help="0: no discriminator")
     options = parser.parse_args(arguments)
     begin(options)
     shape = DecoderConfig(
-        texture=options.texture, sampled_texture=options.sampled_texture, adversarial=options.adversarial
+        sampled=options.batch,
+        clean=options.batch,
+        texture=options.texture,
+        sampled_texture=options.sampled_texture,
+        adversarial=options.adversarial,
     )
     config = loop_config(options)
     torch.manual_seed(config.seed)

@@ -81,6 +81,8 @@ class Plan:
         attention_flops: operations of attention.
         moved: bytes read from and written to kept maps and inputs.
         seconds: predicted time.
+        patch_values: values, for one row of the batch, that patches of large maps may take together where their
+            statistics are sampled.
     """
 
     keeps: str
@@ -96,6 +98,7 @@ class Plan:
     attention_flops: float
     moved: int
     seconds: float
+    patch_values: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

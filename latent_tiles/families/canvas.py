@@ -1,8 +1,8 @@
 """Denoisers whose canvas is one argument, (rows, channels, height, width), taken apart by a table.
 
-A family says which arguments lie over the canvas, which have one row for each row of the batch, and which are the same
-for every tile; an argument that stands in none of these is refused, so that a newer diffusers cannot make tiles silently
-wrong.
+A family says which arguments lie over the canvas, which have one row for each row of the batch, and which are the
+same for every tile; an argument that stands in none of these is refused, so that a newer diffusers cannot make tiles
+silently wrong.
 """
 
 from __future__ import annotations

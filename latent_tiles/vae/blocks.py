@@ -48,6 +48,7 @@ def resnet(build: ProgramBuilder, x: int, block: Any, *, latents: tuple[int, int
     expect(block, "ResnetBlock2D", "ResnetBlockCondNorm2D")
     require(getattr(block, "time_emb_proj", None) is None, block, "a time embedding")
     require(block.upsample is None and block.downsample is None, block, "resampling inside")
+    require(not (block.dropout.training and block.dropout.p > 0), block, "dropout in training mode")
     h = norm(build, x, block.norm1, latents=latents)
     h = activation(build, h, block.nonlinearity)
     h = build.convolution(h, block.conv1)

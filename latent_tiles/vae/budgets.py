@@ -18,8 +18,6 @@ _WIDE = 4
 _CPU_WINDOWS_BYTES = 2**31
 """More than this helps no CPU, and the rest of the memory has better uses."""
 _GPU_WINDOW_VALUES = 2**27
-_KERNEL_SHARE = {"cpu": 2.5}
-"""Measured by benchmarks/bench_vae.py: oneDNN's packed copies of a layer's input, weights and output."""
 _SHARE_OF_FREE_MEMORY = 0.5
 _SHARE_OF_FREE_DEVICE = 0.8
 
@@ -56,7 +54,7 @@ def budget_of(options: VaeOptions, work: Work, device: torch.device, *, window_v
             seconds=options.time_budget_s,
             window_values=values,
             wide_window_values=wide,
-            kernel_share=_KERNEL_SHARE.get(device.type, 1.25),
+            kernel_share=_kernel_share(device, work.itemsize),
         )
 
     if on_cpu:
@@ -68,6 +66,17 @@ def budget_of(options: VaeOptions, work: Work, device: torch.device, *, window_v
     except BudgetError:
         return budget(total)
     return half
+
+
+def _kernel_share(device: torch.device, itemsize: int) -> float:
+    """What windows take in all over what the plan counts of their tensors.
+
+    On a CPU, by benchmarks/bench_vae.py, oneDNN's packed copies of a layer's input, weights and output. On a GPU the
+    workspace of convolutions; in half precision also the norms' and statistics' copies in float32, which are several.
+    """
+    if device.type == "cpu":
+        return 2.5
+    return 1.25 if itemsize >= 4 else 2.0
 
 
 def _window_values(options: VaeOptions, work: Work) -> int | None:

@@ -33,8 +33,6 @@ from latent_tiles.vae.report import Direction, VaePlan, VaeReport
 from latent_tiles.vae.sampled import with_patches
 
 _LOG = logging.getLogger(__name__)
-_PATCH_BYTES = 2**28
-"""What the patches of mode "sampled" take together, beside the windows' budget; told in the plan."""
 
 
 class ExactVae:
@@ -221,7 +219,6 @@ class ExactVae:
                 rows=rows,
                 progress=None if tell is None or direction is None else functools.partial(tell, direction),
                 sampled=options.mode == "sampled",
-                patch_bytes=_PATCH_BYTES,
                 attention_keys=options.attention_keys,
             )
             run()
@@ -252,7 +249,7 @@ class ExactVae:
         )
         budgets = budget_of(self.options, work, device, window_values=window_values)
         speed = measured_speed(device, dtype)
-        self._planned[key] = with_patches(plan(work, budgets, speed), work, _PATCH_BYTES, speed)
+        self._planned[key] = with_patches(plan(work, budgets, speed), work, budgets, speed)
         return self._planned[key]
 
     def _summary(self, made: Plan, program: Program, direction: Direction) -> VaePlan:

@@ -29,12 +29,10 @@ class MeasuredRun(Run):
 
     Args:
         sampled: take the statistics of large maps from patches.
-        patch_bytes: what patches may take on the device.
         attention_keys: attend to at most so many keys; None for all.
     """
 
     sampled: bool = False
-    patch_bytes: int = 2**28
     attention_keys: int | None = None
     _measured: dict[int, Pool] = field(default_factory=dict[int, Pool])
     _errors: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
@@ -66,7 +64,7 @@ class MeasuredRun(Run):
         if self.sampled:
             wanted = sampled_statistics(self.program, task, self.facts)
             if wanted:
-                self.facts.update(estimate(self, task, wanted, self.patch_bytes))
+                self.facts.update(estimate(self, task, wanted))
                 self._measured |= {index: self.program.statistics[index].pool() for index in wanted}
         super().sweep(number, task)
         self._exact.clear()

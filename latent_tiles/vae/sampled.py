@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latent_tiles.errors import BudgetError
 from latent_tiles.executor.cost import pass_cost, working_values
-from latent_tiles.executor.plan import Plan, Speed, Work
+from latent_tiles.executor.plan import Budget, Plan, Speed, Work
 from latent_tiles.executor.program import Program
 from latent_tiles.executor.run import Run
 from latent_tiles.executor.schedule import Pass
@@ -25,6 +26,9 @@ _PATCH = 2
 """Side of a patch, in positions of the coarsest map. What is near is alike, so many small patches say more than few
 large ones of the same cost."""
 _FEWEST, _MOST = 16, 400
+_MIB = 2**20
+_PATCH_BYTES = 2**28
+"""What all patches of a pass take together at most; more of them than that buys would say little more."""
 
 
 def sampled_statistics(program: Program, task: Pass, facts: Collection[int]) -> tuple[int, ...]:
@@ -68,36 +72,52 @@ def patches_of(program: Program, task: Pass, sizes: Sequence[Size], most_values:
     return Patches(boxes=boxes, values=each * len(boxes), flops=flops * len(boxes))
 
 
-def with_patches(made: Plan, work: Work, most_bytes: int, speed: Speed) -> Plan:
-    """A plan of mode "sampled" with what its patches cost."""
+def with_patches(made: Plan, work: Work, budget: Budget, speed: Speed) -> Plan:
+    """A plan of mode "sampled" with what its patches cost.
+
+    Raises:
+        BudgetError: the fewest patches take more than there is for windows.
+    """
     if not work.sampled:
         return made
-    per_value = work.rows * work.itemsize
+    per_value = work.rows * work.itemsize * budget.kernel_share
+    most_bytes = min(_PATCH_BYTES, budget.window_bytes)
     found = set[int]()
     held, flops = made.window_bytes, 0.0
     for task in made.passes:
         wanted = sampled_statistics(work.program, task, found)
         found.update((*wanted, *task.statistics))
-        if wanted:
-            patches = patches_of(work.program, task, made.sizes, most_bytes // per_value)
-            held, flops = max(held, patches.values * per_value), flops + patches.flops * work.rows
-    return replace(made, window_bytes=held, flops=made.flops + flops, seconds=made.seconds + flops / speed.flops)
+        if not wanted:
+            continue
+        patches = patches_of(work.program, task, made.sizes, int(most_bytes / per_value))
+        taken = int(patches.values * per_value)
+        if taken > budget.window_bytes:
+            msg = f"the {len(patches.boxes)} patches of mode 'sampled' take {taken / _MIB:.1f} MiB, more than the "
+            msg += f"{budget.window_bytes / _MIB:.1f} MiB that are left for them; "
+            raise BudgetError(msg + f"give device_budget_mib >= {math.ceil(taken / _MIB)}")
+        held, flops = max(held, taken), flops + patches.flops * work.rows
+    return replace(
+        made,
+        window_bytes=held,
+        flops=made.flops + flops,
+        seconds=made.seconds + flops / speed.flops,
+        patch_values=int(most_bytes / per_value),
+    )
 
 
-def estimate(run: Run, task: Pass, wanted: Sequence[int], patch_bytes: int) -> dict[int, Any]:
+def estimate(run: Run, task: Pass, wanted: Sequence[int]) -> dict[int, Any]:
     """Estimate statistics from patches of the maps that a pass computes.
 
     Args:
         run: gives the maps; learns each statistic as soon as it is estimated, since later layers need it.
         task: the pass.
         wanted: numbers of the statistics.
-        patch_bytes: what all patches may take together.
 
     Returns:
         The statistics by their number.
     """
     program, sizes = run.program, run.plan.sizes
-    patches = patches_of(program, task, sizes, patch_bytes // (run.rows * run.dtype.itemsize)).boxes
+    patches = patches_of(program, task, sizes, run.plan.patch_values).boxes
     evaluate = run.evaluator(task)
     boxes = [evaluate.boxes(patch) for patch in patches]
     values: list[dict[int, Tensor]] = [{} for _ in patches]
@@ -128,7 +148,7 @@ def estimate(run: Run, task: Pass, wanted: Sequence[int], patch_bytes: int) -> d
 def spread_boxes(size: Size, side: int, count: int) -> list[Box]:
     """Boxes of one side, one at a random place in each cell of a grid over a map; they do not overlap."""
     rows = max(1, min(size.height // side, round(math.sqrt(count * size.height / size.width))))
-    columns = max(1, min(size.width // side, -(-count // rows)))
+    columns = max(1, min(size.width // side, count // rows))
     generator = torch.Generator().manual_seed(0)
     boxes = list[Box]()
     for row in range(rows):

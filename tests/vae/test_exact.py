@@ -371,6 +371,28 @@ def test_sampled_statistics_come_close_and_their_residual_is_told(caplog: pytest
     assert caplog.text == ""
 
 
+def test_patches_keep_to_the_budget_or_are_refused() -> None:
+    vae = tiny_vae("sd")
+    for budget in (8, 64):
+        with exact_vae(vae, mode="sampled", device_budget_mib=budget) as exact:
+            assert exact is not None
+            assert exact.plan("decode", 160, 160).window_mib <= budget
+    with exact_vae(vae, mode="sampled", device_budget_mib=3) as exact:
+        assert exact is not None
+        with pytest.raises(BudgetError, match=r"patches of mode 'sampled' take .* give device_budget_mib >= \d+"):
+            exact.plan("decode", 160, 160)
+
+
+def test_dropout_in_training_is_refused() -> None:
+    vae = tiny_vae("sd")
+    with exact_vae(vae):
+        vae.decode(latents())
+        vae.decoder.mid_block.resnets[0].dropout.p = 0.5
+        vae.train()
+        with pytest.raises(VaeError, match="ResnetBlock2D with dropout in training mode is not known"):
+            vae.decode(latents())
+
+
 def test_a_large_residual_warns(caplog: pytest.LogCaptureFixture) -> None:
     vae = tiny_vae("sd")
     pixels = image(400, 400)
