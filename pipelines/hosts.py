@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from latent_tiles.errors import UnsupportedHostError
-from latent_tiles.families import family_of
 from latent_tiles.geometry import Size
 from latent_tiles.pipelines.defaults import ModelDefaults, for_tile
-from latent_tiles.pipelines.tiled_model import denoiser_of, inner_of
+from latent_tiles.pipelines.tiled_model import training_side_px, units_of
 from latent_tiles.tiling import LatentUnits
 
 Arguments = Mapping[str, Any]
@@ -44,23 +43,19 @@ class Host:
 
     def units(self, pipe: Any) -> LatentUnits:
         """Pixels per latent of this pipeline's VAE, and what its U-Net needs tiles to be multiples of."""
-        inner, factor = inner_of(denoiser_of(pipe)), int(pipe.vae_scale_factor)
-        return LatentUnits(
-            pixels_per_latent=factor,
-            multiple_of=family_of(inner).multiple_of(inner),
-            # A host that enlarges cuts its small image to whole multiples of the factor.
-            canvas_multiple_of=factor if self.enlarges else 1,
-        )
+        # A host that enlarges cuts its small image to whole multiples of the factor.
+        return units_of(pipe, canvas_multiple_of=int(pipe.vae_scale_factor) if self.enlarges else 1)
 
     def defaults(self, pipe: Any) -> ModelDefaults:
         """Defaults from the table, with the size that the U-Net was trained at as tile."""
-        side = pipe.unet.config.sample_size
-        return for_tile(self.table, side * int(pipe.vae_scale_factor) if isinstance(side, int) else None)
+        return for_tile(self.table, training_side_px(pipe))
 
 
-def _two_branches(pipe: Any, arguments: Arguments) -> tuple[float, ...]:
+def two_branches(pipe: Any, arguments: Arguments) -> tuple[float, ...]:
+    """Without and with text, where the pipeline guides at all."""
     del arguments
-    return _guided(pipe.guidance_scale) if pipe.do_classifier_free_guidance else (1.0,)
+    guided = getattr(pipe, "do_classifier_free_guidance", False)
+    return _guided(pipe.guidance_scale) if guided else (1.0,)
 
 
 def _two_branches_from_arguments(pipe: Any, arguments: Arguments) -> tuple[float, ...]:
@@ -91,13 +86,13 @@ _HOSTS = (
     Host(
         name="StableDiffusionImg2ImgPipeline",
         loads=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
-        branches=_two_branches,
+        branches=two_branches,
         table=ModelDefaults(tile=512, overlap=64, num_inference_steps=30, guidance_scale=7.5, strength=0.35, scale=2.0),
     ),
     Host(
         name="StableDiffusionXLImg2ImgPipeline",
         loads=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
-        branches=_two_branches,
+        branches=two_branches,
         table=ModelDefaults(
             tile=1024, overlap=128, num_inference_steps=30, guidance_scale=5.0, strength=0.35, scale=2.0
         ),

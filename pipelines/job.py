@@ -259,7 +259,7 @@ def noise_of(job: Job, request: Request) -> tuple[NoiseField | None, tuple[int, 
     if generator is not None and request.seed is not None:
         raise SettingError("give either seed or generator, not both")
     results = job.source.items * _copies(job)
-    given = None if request.seed is None else _seeds(request.seed)
+    given = None if request.seed is None else seeds_of(request.seed)
     for name, sources in (("seeds", given), ("generators", generator if isinstance(generator, list) else None)):
         if sources is not None and len(sources) not in (1, results):
             raise SettingError(f"{len(sources)} {name} for {results} results; give one for each, or one for all")
@@ -269,16 +269,25 @@ def noise_of(job: Job, request: Request) -> tuple[NoiseField | None, tuple[int, 
         generators = [torch.Generator().manual_seed(seed) for seed in given]
         return None, tuple(given), generators if len(generators) > 1 else generators[0]
     if given is None:
-        generators = generator if isinstance(generator, list) else [generator]
-        given = [draw_seed(source) for source in generators]
+        given = draw_seeds(generator)
     return NoiseField(seeds=tuple(given), origin=job.units.origin(job.tiling)), tuple(given), None
 
 
-def _seeds(seed: Any) -> list[int]:
+def seeds_of(seed: Any) -> list[int]:
+    """One seed or several, as a checked list.
+
+    Raises:
+        NoiseError: one is out of range.
+    """
     return [check_seed(one) for one in (seed if isinstance(seed, list | tuple) else [seed])]
 
 
-def draw_seed(generator: torch.Generator | None) -> int:
+def draw_seeds(generator: torch.Generator | list[torch.Generator] | None) -> list[int]:
+    """A seed from each of one or several generators."""
+    return [_draw_seed(source) for source in (generator if isinstance(generator, list) else [generator])]
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
     """A seed from a generator, so that a second call with it differs from the first, as callers of diffusers expect.
 
     Without one, from torch's global generator, as in diffusers: `torch.manual_seed` fixes the result, and without that

@@ -13,18 +13,17 @@ import torch
 
 from latent_tiles.denoiser import Clock, TiledDenoiser
 from latent_tiles.errors import SettingError, UnsupportedHostError
-from latent_tiles.families import family_of
 from latent_tiles.geometry import Size, TileGrid, as_size
 from latent_tiles.memory import build_memory
-from latent_tiles.noise import NoiseField, check_seed
+from latent_tiles.noise import NoiseField
 from latent_tiles.parameterisation import require_levels
 from latent_tiles.patches import patched
 from latent_tiles.pipelines.defaults import ModelDefaults, for_tile
 from latent_tiles.pipelines.envelope import installed
-from latent_tiles.pipelines.hosts import HOST_NAMES, host_of
-from latent_tiles.pipelines.job import draw_seed
+from latent_tiles.pipelines.hosts import HOST_NAMES, Host, host_of, two_branches
+from latent_tiles.pipelines.job import draw_seeds, seeds_of
 from latent_tiles.pipelines.report import GridReport
-from latent_tiles.pipelines.tiled_model import denoiser_of, inner_of
+from latent_tiles.pipelines.tiled_model import training_side_px, units_of
 from latent_tiles.pipelines.timing import Stopwatch
 from latent_tiles.pipelines.upscale import LatentTiledUpscalePipeline
 from latent_tiles.tiling import LatentUnits, Tiling
@@ -159,8 +158,7 @@ class TilingSession:
         if arguments.get("latents") is not None:
             raise SettingError(f"memory {name!r} needs the noise that the run starts from; leave out latents")
         require_levels(self.pipe.scheduler)
-        known = any(kind.__name__ in HOST_NAMES for kind in type(self.pipe).__mro__)
-        if not known and not hasattr(type(self.pipe), "do_classifier_free_guidance"):
+        if _known_host(self.pipe) is None and not hasattr(type(self.pipe), "do_classifier_free_guidance"):
             msg = f"memory {name!r} needs the weights of the guidance branches, which {type(self.pipe).__name__} keeps "
             raise SettingError(msg + "to itself; use memory='none'")
 
@@ -169,7 +167,7 @@ class TilingSession:
             return None
         if self.seed is not None:
             return self.seed
-        return tuple(draw_seed(one) for one in (generator if isinstance(generator, list) else [generator]))
+        return tuple(draw_seeds(generator))
 
 
 @contextmanager
@@ -210,12 +208,14 @@ def latent_tiling(
     base: Any = type(pipe)
     if isinstance(pipe, LatentTiledUpscalePipeline):
         raise UnsupportedHostError(f"this {base.__name__} tiles by itself; pass tiling= to its call")
-    units = _units(pipe)
+    units = units_of(pipe)
+    defaults = for_tile(_DEFAULTS, training_side_px(pipe))
+    tiling = units.resolve(tiling or Tiling(), tile=defaults.tile, overlap=defaults.overlap, memory=defaults.memory)
     session = TilingSession(
         pipe=pipe,
-        tiling=_resolved(pipe, units, tiling or Tiling()),
+        tiling=tiling,
         units=units,
-        seed=None if seed is None else tuple(check_seed(one) for one in _listed(seed)),
+        seed=None if seed is None else tuple(seeds_of(seed)),
         vae_options=vae_options or VaeOptions(),
     )
     units.origin(session.tiling)
@@ -231,24 +231,6 @@ def latent_tiling(
         yield session
     finally:
         pipe.__class__ = base
-
-
-def _listed(seed: int | list[int] | tuple[int, ...]) -> list[int] | tuple[int, ...]:
-    return seed if isinstance(seed, list | tuple) else [seed]
-
-
-def _units(pipe: Any) -> LatentUnits:
-    inner = inner_of(denoiser_of(pipe))
-    family = family_of(inner)
-    if getattr(pipe, "vae", None) is None:
-        raise UnsupportedHostError(f"{type(pipe).__name__} has no autoencoder; only latent canvases are tiled")
-    return LatentUnits(pixels_per_latent=int(pipe.vae_scale_factor), multiple_of=family.multiple_of(inner))
-
-
-def _resolved(pipe: Any, units: LatentUnits, tiling: Tiling) -> Tiling:
-    side: Any = inner_of(denoiser_of(pipe)).config.sample_size
-    defaults = for_tile(_DEFAULTS, side * units.pixels_per_latent if isinstance(side, int) else None)
-    return units.resolve(tiling, tile=defaults.tile, overlap=defaults.overlap, memory=defaults.memory)
 
 
 @contextmanager
@@ -286,11 +268,12 @@ def shifted_for_tile(pipe: Any, tokens: int, *, given: float | None) -> Generato
         yield
 
 
+def _known_host(pipe: Any) -> Host | None:
+    """What is particular to the pipeline's class, where it is one of the hosts or derived from one."""
+    return next((host_of(kind.__name__) for kind in type(pipe).__mro__ if kind.__name__ in HOST_NAMES), None)
+
+
 def _branches(pipe: Any, arguments: Mapping[str, Any]) -> tuple[float, ...]:
     """Weight of each guidance branch in the guided prediction."""
-    for kind in type(pipe).__mro__:
-        if kind.__name__ in HOST_NAMES:
-            return host_of(kind.__name__).branches(pipe, arguments)
-    if not getattr(pipe, "do_classifier_free_guidance", False):
-        return (1.0,)
-    return (1 - pipe.guidance_scale, pipe.guidance_scale)
+    host = _known_host(pipe)
+    return two_branches(pipe, arguments) if host is None else host.branches(pipe, arguments)

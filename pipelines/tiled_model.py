@@ -13,6 +13,7 @@ from latent_tiles.denoiser import Denoiser
 from latent_tiles.errors import UnsupportedHostError
 from latent_tiles.families import family_of
 from latent_tiles.patches import patched
+from latent_tiles.tiling import LatentUnits
 
 
 def denoiser_of(pipe: Any) -> Any:
@@ -31,6 +32,34 @@ def denoiser_of(pipe: Any) -> Any:
 def inner_of(module: Any) -> Any:
     """The module itself, where torch.compile has wrapped it."""
     return getattr(module, "_orig_mod", module)
+
+
+def units_of(pipe: Any, *, canvas_multiple_of: int = 1) -> LatentUnits:
+    """Pixels per latent of a pipeline's autoencoder, and what its denoiser needs tiles to be multiples of.
+
+    Args:
+        pipe: the pipeline.
+        canvas_multiple_of: what the pipeline needs a canvas to be a multiple of.
+
+    Raises:
+        UnsupportedHostError: it has no denoiser or no autoencoder.
+        FamilyError: its denoiser cannot be tiled.
+    """
+    inner = inner_of(denoiser_of(pipe))
+    family = family_of(inner)
+    if getattr(pipe, "vae", None) is None:
+        raise UnsupportedHostError(f"{type(pipe).__name__} has no autoencoder; only latent canvases are tiled")
+    return LatentUnits(
+        pixels_per_latent=int(pipe.vae_scale_factor),
+        multiple_of=family.multiple_of(inner),
+        canvas_multiple_of=canvas_multiple_of,
+    )
+
+
+def training_side_px(pipe: Any) -> int | None:
+    """The side of the pictures that the denoiser was trained at, where its configuration says so."""
+    side = inner_of(denoiser_of(pipe)).config.sample_size
+    return side * int(pipe.vae_scale_factor) if isinstance(side, int) else None
 
 
 @contextmanager

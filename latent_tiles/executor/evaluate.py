@@ -72,14 +72,15 @@ class Evaluator:
             if entry not in values:
                 values[entry] = self._read(entry, boxes[entry])
         window = Window(box=boxes[index], sizes=tuple(self._sizes[entry] for entry in node.inputs), boxes=parts)
-        given = [_inner(values[entry], boxes[entry], part) for entry, part in zip(node.inputs, parts, strict=True)]
+        given = [crop(values[entry], boxes[entry], part) for entry, part in zip(node.inputs, parts, strict=True)]
         values[index] = node.op.run(window, given, self._fact_of(index))
         for entry in set(node.inputs):
             if self._last[entry] == index:
                 del values[entry]
 
 
-def _inner(values: Tensor, have: Box, want: Box) -> Tensor:
+def crop(values: Tensor, have: Box, want: Box) -> Tensor:
+    """The part of a window's values that lies in a smaller box; both boxes are of the whole map."""
     if have == want:
         return values
     top, left = want.top - have.top, want.left - have.left

@@ -70,10 +70,8 @@ class _Windowed(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self._border is not None:
-            if func is F.conv2d:
-                return self._conv2d(*args, **kwargs)
-            if func is F.conv3d:
-                return self._conv3d(*args, **kwargs)
+            if func in (F.conv2d, F.conv3d):
+                return self._convolve(*args, **kwargs)
             if func is F.pad:
                 # A causal convolution pads by itself before it convolves; the border is ours.
                 return args[0]
@@ -81,7 +79,7 @@ class _Windowed(TorchFunctionMode):
             return _group_norm(self._moments, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _conv2d(
+    def _convolve(
         self,
         values: Tensor,
         weight: Tensor,
@@ -91,6 +89,11 @@ class _Windowed(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
+        if weight.ndim == 5:
+            # One frame of a causal 3-D convolution: only the last tap in time sees it.
+            stride, dilation = _last_two(stride), _last_two(dilation)
+            flat = self._convolve(values.squeeze(2), weight[:, :, -1], bias, stride, 0, dilation, groups)
+            return flat.unsqueeze(2)
         if weight.device != values.device:
             msg = (
                 f"a convolution's weights are on {weight.device}, its input on {values.device}; move the model there, "
@@ -104,21 +107,6 @@ class _Windowed(TorchFunctionMode):
             return F.conv2d(values, weight, bias, stride, (border.top, border.left), dilation, groups)
         padded = F.pad(values, (border.left, border.right, border.top, border.bottom))
         return F.conv2d(padded, weight, bias, stride, 0, dilation, groups)
-
-    def _conv3d(
-        self,
-        values: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        flat = self._conv2d(
-            values.squeeze(2), weight[:, :, -1], bias, _last_two(stride), 0, _last_two(dilation), groups
-        )
-        return flat.unsqueeze(2)
 
 
 def _last_two(value: Any) -> Any:

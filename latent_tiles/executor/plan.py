@@ -121,6 +121,11 @@ class Work:
     keys: int | None = None
     sampled: bool = False
 
+    @property
+    def barriers(self) -> frozenset[int]:
+        """The computed nodes whose whole map a later layer must know something of."""
+        return frozenset(entry.of for entry in self.program.statistics) - frozenset(self.program.inputs)
+
     def map_bytes(self, node: int) -> int:
         """Bytes of a node's whole map."""
         return self.rows * self.program.nodes[node].channels * self.sizes[node].area * self.itemsize
@@ -132,7 +137,7 @@ def choices(work: Work) -> Iterator[tuple[str, frozenset[int]]]:
     Small maps are kept in all of them.
     """
     nodes = work.program.nodes
-    barriers = frozenset(statistic.of for statistic in work.program.statistics) - frozenset(work.program.inputs)
+    barriers = work.barriers
     inner = [index for index, node in enumerate(nodes) if node.op is not None]
     widest = max(work.sizes[index].area for index in inner)
     small = small_maps(work)
@@ -163,8 +168,7 @@ def small_maps(work: Work) -> frozenset[int]:
     """The nodes with a statistic whose maps are so small that they are always kept."""
     nodes = work.program.nodes
     largest = max(work.map_bytes(index) for index, node in enumerate(nodes) if node.op is not None)
-    barriers = frozenset(statistic.of for statistic in work.program.statistics) - frozenset(work.program.inputs)
-    return frozenset(index for index in barriers if work.map_bytes(index) * _SMALL_MAP <= largest)
+    return frozenset(index for index in work.barriers if work.map_bytes(index) * _SMALL_MAP <= largest)
 
 
 def sampled(work: Work) -> frozenset[int]:
@@ -185,14 +189,13 @@ def plan(work: Work, budget: Budget, speed: Speed) -> Plan:
         candidates = [("all", frozenset[int]())]
     else:
         candidates = list(choices(work))
+    room: dict[Place, int] = {"device": budget.device_bytes, "host": budget.host_bytes, "disk": budget.disk_bytes}
+    known = sampled(work)
     made = list[Plan]()
     short = list[int]()
     narrow: BudgetError | None = None
     for name, kept in candidates:
-        sweeps = passes(work.program, kept, sampled(work))
-        room: dict[Place, int] = {
-            "device": budget.device_bytes, "host": budget.host_bytes, "disk": budget.disk_bytes
-        }  # fmt: skip
+        sweeps = passes(work.program, kept, known)
         order = _order(work, sweeps)
         sizes = {node: work.map_bytes(node) for node, _ in order if node is not None}
         placed = place_maps(sizes, order, room)

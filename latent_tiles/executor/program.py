@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latent_tiles.errors import ProgramError
@@ -208,10 +207,6 @@ class ProgramBuilder:
         if divisor == 1.0:
             return self.pointwise(lambda a, b: a + b, x, y)
         return self.pointwise(lambda a, b: (a + b) / divisor, x, y)
-
-    def silu(self, x: int) -> int:
-        """The activation x * sigmoid(x)."""
-        return self.pointwise(F.silu, x)
 
     def upsample(self, x: int, factor: int = 2) -> int:
         """Nearest-neighbour enlargement."""

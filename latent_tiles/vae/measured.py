@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latent_tiles.executor.attention import KeyValues, attend
+from latent_tiles.executor.evaluate import crop
 from latent_tiles.executor.ops import Attention
 from latent_tiles.executor.run import Run
 from latent_tiles.executor.schedule import Pass
@@ -64,7 +65,7 @@ class MeasuredRun(Run):
         if self.sampled:
             wanted = sampled_statistics(self.program, task, self.facts)
             if wanted:
-                self.facts.update(estimate(self, task, wanted))
+                estimate(self, task, wanted)
                 self._measured |= {index: self.program.statistics[index].pool() for index in wanted}
         super().sweep(number, task)
         self._exact.clear()
@@ -91,8 +92,7 @@ class MeasuredRun(Run):
                 if index in watched:
                     own = core(window, self.plan.sizes[task.target], self.plan.sizes[index], box)
                     if own is not None:
-                        top, left = own.top - box.top, own.left - box.left
-                        watched[index].add(values[:, :, top : top + own.height, left : left + own.width])
+                        watched[index].add(crop(values, box, own))
                 if index in probed:
                     queries[probed[index]] = values
                 if index in queries:

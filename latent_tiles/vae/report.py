@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,8 +10,6 @@ from latent_tiles.executor.spill import Place
 
 Direction = Literal["encode", "decode"]
 _MIB = 2**20
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from latent_tiles.errors import BudgetError
 from latent_tiles.executor.cost import pass_cost, working_values
+from latent_tiles.executor.evaluate import crop
 from latent_tiles.executor.plan import Budget, Plan, Speed, Work
 from latent_tiles.executor.program import Program
 from latent_tiles.executor.run import Run
@@ -105,16 +105,13 @@ def with_patches(made: Plan, work: Work, budget: Budget, speed: Speed) -> Plan:
     )
 
 
-def estimate(run: Run, task: Pass, wanted: Sequence[int]) -> dict[int, Any]:
+def estimate(run: Run, task: Pass, wanted: Sequence[int]) -> None:
     """Estimate statistics from patches of the maps that a pass computes.
 
     Args:
         run: gives the maps; learns each statistic as soon as it is estimated, since later layers need it.
         task: the pass.
         wanted: numbers of the statistics.
-
-    Returns:
-        The statistics by their number.
     """
     program, sizes = run.program, run.plan.sizes
     patches = patches_of(program, task, sizes, run.plan.patch_values).boxes
@@ -132,17 +129,13 @@ def estimate(run: Run, task: Pass, wanted: Sequence[int]) -> dict[int, Any]:
             if program.statistics[index].of == step:
                 sampled = 0
                 for patch, patch_boxes, patch_values in zip(patches, boxes, values, strict=True):
-                    box = patch_boxes[step]
-                    own = core(patch, sizes[task.target], sizes[step], box)
+                    own = core(patch, sizes[task.target], sizes[step], patch_boxes[step])
                     if own is not None:
-                        top, left = own.top - box.top, own.left - box.left
-                        inside = patch_values[step][:, :, top : top + own.height, left : left + own.width]
-                        pools[index].add(inside)
+                        pools[index].add(crop(patch_values[step], patch_boxes[step], own))
                         sampled += own.area
                 found = pools[index].result()
                 # A sum over the patches stands for one over the map.
                 run.facts[index] = found * (sizes[step].area / sampled) if isinstance(found, Tensor) else found
-    return {index: run.facts[index] for index in wanted}
 
 
 def spread_boxes(size: Size, side: int, count: int) -> list[Box]:
